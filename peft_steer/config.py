@@ -1,0 +1,145 @@
+"""`SteerConfig`, and the named methods that are presets of it."""
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from .interventions import ACTIVATIONS
+from .positions import POSITIONS
+from .registration import add_peft_type
+from .sites import SITES
+
+
+KINDS = ("vector", "linear", "nonlinear", "loreft")
+STEER = add_peft_type("STEER")
+
+
+def _check_member(name: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}={value!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
+
+
+@dataclass
+class SteerConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of a [`SteerModel`]: a low-rank or constant edit of the
+    hidden states at one place of every chosen block ("Weight Updates as Activation Shifts", arXiv 2603.00425).
+
+    Args:
+        site (`str`):
+            Where: `"block"` (the block's output, after the skip connection), `"mlp"` (the MLP's output before the skip) or
+            `"attention"` (the attention's output before the skip).
+        kind (`str`):
+            What: `"vector"` (`dh = v`), `"linear"` (`dh = W_up W_down h`, with `use_bias` `+ b`), `"nonlinear"`
+            (`dh = W_up act(W_down h)`) or `"loreft"` (`dh = R^T (W h + b - R h)` with orthonormal rows in `R`).
+        r (`int`):
+            Rank of the edit, at least 1 and at most the hidden size. A `"vector"` has none.
+        activation (`str`, *optional*):
+            The nonlinearity of the nonlinear kind: `"silu"` (its default), `"relu"`, `"gelu"` or `"tanh"`.
+        use_bias (`bool`):
+            Whether the linear kind has the bias `b`. (PEFT's name `bias` means the base model's biases.)
+        scale (`float`):
+            Factor of `dh`. It can be changed at inference: see [`SteerModel.set_scale`].
+        positions (`str`):
+            Which tokens are edited; `"all"`.
+        target_modules (`Union[list[str], str]`, *optional*):
+            The names of the blocks to steer: a list of names or suffixes, or a regular expression. By default every block of
+            the text decoder, and of the encoder if the model has both.
+        exclude_modules (`Union[list[str], str]`, *optional*):
+            The names of blocks not to steer, matched in the same way.
+        layers_to_transform (`Union[list[int], int]`, *optional*):
+            The indices of the blocks to steer, in their stack.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            With `layers_to_transform`: the name of the stack that the indices refer to, such as `"decoder.block"`.
+        rank_pattern (`dict[str, int]`):
+            Ranks that differ from `r`, by the name (or regular expression) of the steered module.
+        modules_to_save (`list[str]`, *optional*):
+            Modules apart from the adapter to be trained and saved, such as a classification head.
+        init_weights (`bool`):
+            `True` starts at `dh = 0`. `False` starts at random, for tests.
+        hidden_size (`int`, *optional*), num_blocks (`int`, *optional*):
+            Recorded when the adapter is created, so that an adapter is never loaded onto a model of another width or depth.
+    """
+
+    site: str = field(default="block", metadata={"help": "Where: 'block', 'mlp' or 'attention' (their outputs)."})
+    kind: str = field(default="linear", metadata={"help": "What: 'vector', 'linear', 'nonlinear' or 'loreft'."})
+    r: int = field(default=8, metadata={"help": "Rank of the edit."})
+    activation: str | None = field(
+        default=None, metadata={"help": "Nonlinearity of kind='nonlinear': 'silu' (default), 'relu', 'gelu' or 'tanh'."}
+    )
+    use_bias: bool = field(default=False, metadata={"help": "Whether kind='linear' has a bias b."})
+    scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
+    positions: str = field(default="all", metadata={"help": "Which tokens are edited: 'all'."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of the blocks to steer (suffixes or a regular expression); default: all text blocks."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of blocks not to steer (suffixes or a regular expression)."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to steer, in their stack."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "With layers_to_transform: name of the stack the indices refer to."}
+    )
+    rank_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Ranks by name of the steered module, where they differ from r."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules apart from the adapter to be trained and saved."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "True: start at dh = 0. False: start at random (tests)."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Recorded: width of the model."})
+    num_blocks: int | None = field(default=None, metadata={"help": "Recorded: number of blocks of the model."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = STEER
+        _check_member("site", self.site, SITES)
+        _check_member("kind", self.kind, KINDS)
+        _check_member("positions", self.positions, POSITIONS)
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"`{name}={rank!r}` must be an integer of at least 1.")
+        if self.kind == "nonlinear":
+            self.activation = self.activation or "silu"
+            _check_member("activation", self.activation, ACTIVATIONS)
+        elif self.activation is not None:
+            raise ValueError(
+                f"`activation={self.activation!r}` contradicts `kind={self.kind!r}`: only kind='nonlinear' has one. "
+                "Remove `activation` or set `kind='nonlinear'`."
+            )
+        if self.use_bias and self.kind != "linear":
+            raise ValueError(
+                f"`use_bias=True` contradicts `kind={self.kind!r}`: only kind='linear' has an optional bias."
+            )
+        if self.kind == "vector" and self.rank_pattern:
+            raise ValueError("`rank_pattern` contradicts `kind='vector'`: a fixed vector has no rank.")
+        if self.target_modules == "all-linear":
+            raise ValueError("`target_modules='all-linear'` names linears; steering targets blocks. Leave it unset for all.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`: it names the stack that the indices refer to.")
+
+
+@dataclass
+class PostBlockSteerConfig(SteerConfig):
+    """
+    [`SteerConfig`] with the paper's method as default: post-block steering, `dh = W_up silu(W_down h)` at rank 8 at every block's
+    output (arXiv 2603.00425). The paper found the linear kind better on 1B models, this one on 4B and larger.
+    """
+
+    kind: str = field(default="nonlinear", metadata={"help": "What: 'vector', 'linear', 'nonlinear' or 'loreft'."})
+
+
+@dataclass
+class LoreftConfig(SteerConfig):
+    """
+    [`SteerConfig`] with LoReFT as default (arXiv 2404.03592, equation 2), at the MLP's output as arXiv 2603.00425 states it, on
+    every token. `site="block"` is where the method's authors apply it.
+    """
+
+    site: str = field(default="mlp", metadata={"help": "Where: 'block', 'mlp' or 'attention' (their outputs)."})
+    kind: str = field(default="loreft", metadata={"help": "What: 'vector', 'linear', 'nonlinear' or 'loreft'."})

@@ -1,0 +1,85 @@
+"""Where a configuration puts its layers in a given model, and what is checked before they are put there."""
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .config import SteerConfig
+from .layer import CHILD
+from .sites import Block, hidden_size, select_blocks, site_module
+
+
+def resolve_sites(model: nn.Module, config: SteerConfig) -> tuple[dict[str, Block], set[str]]:
+    """The modules to steer, by qualified name, each with its block; and the names of those that were excluded."""
+
+    def sites(exclude_modules):
+        blocks = select_blocks(
+            model, config.target_modules, exclude_modules, config.layers_to_transform, config.layers_pattern
+        )
+        return {site_module(block, config.site)[0]: block for block in blocks}
+
+    chosen = sites(config.exclude_modules)
+    excluded = set(sites(None)) - set(chosen) if config.exclude_modules else set()
+    return chosen, excluded
+
+
+def rank_of(config: SteerConfig, name: str) -> int:
+    """Rank of the edit at module `name`."""
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+
+
+def check_ranks(config: SteerConfig, names) -> None:
+    """Raise `ValueError` if an edit's rank exceeds the hidden size."""
+    for name in names:
+        r = rank_of(config, name)
+        if config.kind != "vector" and r > config.hidden_size:
+            raise ValueError(
+                f"`r={r}` at {name!r} is larger than the hidden size {config.hidden_size}; choose a smaller rank."
+            )
+
+
+def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
+    """Write the model's width and depth into `config`, or raise `ValueError` if it has others (those of the model that the adapter
+    was made for)."""
+    found = (hidden_size(model, block.name), len(model.get_submodule(block.stack)))
+    recorded = (config.hidden_size, config.num_blocks)
+    if recorded not in ((None, None), found):
+        raise ValueError(
+            f"The adapter was made for a model with hidden_size={recorded[0]} and num_blocks={recorded[1]}; "
+            f"{type(model).__name__} has {found[0]} and {found[1]}. Load it onto its base model"
+            + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
+        )
+    config.hidden_size, config.num_blocks = found
+
+
+def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Raise `ValueError` if the name is a part of a module's path: PEFT tells adapters apart by `.name.` in the key."""
+    parts = {CHILD, "steer_edit"}
+    for name, _ in model.named_modules():
+        if f".{CHILD}." not in name:
+            parts.update(name.split("."))
+    if adapter_name in parts:
+        raise ValueError(
+            f"`adapter_name={adapter_name!r}` is also the name of a module in {type(model).__name__}; PEFT could not save the "
+            "adapter. Choose another name."
+        )
+
+
+def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device of the steered module and the dtype in which it computes."""
+    floating = (p.dtype for module in (target, model) for p in module.parameters() if p.is_floating_point())
+    device = next((p.device for module in (target, model) for p in module.parameters()), torch.device("cpu"))
+    return device, next(floating, torch.float32)
+
+
+def keep_bnb_gradients(model: nn.Module) -> None:
+    """Turn off a path of bitsandbytes' `Linear4bit` that loses gradients.
+
+    On CPUs with AVX512-BF16, bitsandbytes (seen in 0.50.2) packs the weight in the first evaluation and from then on computes
+    outside autograd, in later training too, so whatever lies below gets wrong gradients or none. The packing is undone by taking
+    the layer's state dict.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()

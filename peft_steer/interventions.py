@@ -1,0 +1,251 @@
+"""What is added to a hidden state: the equations of the paper, one small module each.
+
+Notation (arXiv 2603.00425, section 3): a hidden state `h` of width `d` is replaced by `h + scale * dh`. Every module here is
+called as `edit(h, scale)` and returns the steered state; `edit.delta(h)` is the bare equation for `dh`. Parameters may have
+another floating dtype than `h`: they are cast to `h`'s on use, never the other way round, so no copy of `h` is made.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
+
+
+def _activation_backward(name: str | None, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    if name is None:
+        return grad
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, z)
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(grad, z, 0)
+    if name == "gelu":
+        return torch.ops.aten.gelu_backward(grad, z)
+    return torch.ops.aten.tanh_backward(grad, torch.tanh(z))
+
+
+class _LowRankEdit(torch.autograd.Function):
+    """`out = h + scale * (act(h W_down^T + c) W_up^T + b)`, keeping `out` for backward instead of `h`.
+
+    A forward hook runs outside the block's gradient checkpoint. `h`, kept for backward, would be kept for this edit alone;
+    `out` is the input of the next block, which keeps it anyway. `W_down`'s gradient needs `h` only in the product
+    `gz^T h`, and with `h = out - scale * (a W_up^T + b)` that is `gz^T out` minus terms of size `r x r`: `h` is never rebuilt.
+    """
+
+    @staticmethod
+    def forward(h, W_down, c, W_up, b, scale, activation):
+        z = F.linear(h, W_down, c)
+        a = ACTIVATIONS[activation](z) if activation else z
+        out = torch.addmm(h, a, W_up.t(), alpha=scale)
+        if b is not None:
+            out = out.add(b, alpha=scale)
+        return out, z
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, W_down, c, W_up, b, scale, activation = inputs
+        out, z = output
+        ctx.mark_non_differentiable(z)
+        ctx.save_for_backward(out, z, W_down, W_up, b)
+        ctx.scale, ctx.activation, ctx.has_c = scale, activation, c is not None
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        out, z, W_down, W_up, b = ctx.saved_tensors
+        scale, activation = ctx.scale, ctx.activation
+        need_h, need_down, need_c, need_up, need_b = ctx.needs_input_grad[:5]
+        a = ACTIVATIONS[activation](z) if activation else z
+
+        grad_b = grad_out.sum(0) * scale if need_b else None
+        grad_up = (grad_out.t() @ a) * scale if need_up else None
+        grad_h = grad_down = grad_c = None
+        if need_h or need_down or need_c:
+            grad_z = _activation_backward(activation, (grad_out @ W_up) * scale, z)
+            if need_h:
+                grad_h = torch.addmm(grad_out, grad_z, W_down)
+            sum_z = grad_z.sum(0)
+            if need_c:
+                grad_c = sum_z
+            if need_down:
+                grad_down = grad_z.t() @ out - ((grad_z.t() @ a) @ W_up.t()) * scale
+                if b is not None:
+                    grad_down = grad_down - torch.outer(sum_z, b) * scale
+        return grad_h, grad_down, grad_c, grad_up, grad_b, None, None
+
+
+def low_rank_edit(
+    h: torch.Tensor,
+    W_down: torch.Tensor,
+    W_up: torch.Tensor,
+    c: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    scale: float = 1.0,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """`h + scale * (act(W_down h + c) W_up^T + b)`, fused.
+
+    Args:
+        h: hidden states, `(..., d)`, any floating dtype.
+        W_down: `(r, d)`. W_up: `(d, r)`. c: `(r,)` or None. b: `(d,)` or None.
+        scale: strength of the edit.
+        activation: a key of `ACTIVATIONS`, or None for the identity.
+
+    Returns:
+        `(..., d)`, in the dtype of `h`.
+    """
+    weights = (x if x is None else x.to(h.dtype) for x in (W_down, c, W_up, b))
+    run = _LowRankEdit.apply if torch.is_grad_enabled() else _LowRankEdit.forward
+    with torch.autocast(h.device.type, enabled=False):  # it would return another dtype than the base model expects
+        out, _ = run(h.reshape(-1, h.shape[-1]), *weights, scale, activation)
+    return out.view(h.shape)
+
+
+class Intervention(nn.Module):
+    """Base class: `delta(h)` is the equation; `forward` adds it to `h`.
+
+    Subclasses implement `delta`, `reset_parameters` and, where there is something to gain, `forward`.
+    """
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        """`dh`, broadcastable to `h` of shape `(..., d)` and in its dtype."""
+        raise NotImplementedError(f"{type(self).__name__} does not define delta(h).")
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """`h + scale * dh`, shape `(..., d)`, in the dtype of `h`."""
+        return torch.add(h, self.delta(h), alpha=scale)
+
+    def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+        """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or None
+        if the edit is no affine function of `h`."""
+        return None
+
+
+class FixedVector(Intervention):
+    """`dh = v` (paper, section 3: fixed steering vector). `v`: `(d,)`, zero at the start."""
+
+    def __init__(self, d: int, init_weights: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.v = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        if init_weights:
+            nn.init.zeros_(self.v)
+        else:
+            nn.init.normal_(self.v, std=0.02)
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        return self.v.to(h.dtype)
+
+    def affine(self):
+        return None, _at_least_float32(self.v)
+
+
+class LowRank(Intervention):
+    """`dh = W_up act(W_down h) + b`: linear without `activation`, nonlinear with one (paper, section 3).
+
+    `W_down`: `(r, d)`, `W_up`: `(d, r)`, optional `b`: `(d,)`. At the start `W_up = 0`, `b = 0` and `W_down` is
+    Kaiming-uniform times 1e-3 (paper, appendix on hyperparameters), so `dh = 0`.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        r: int,
+        activation: str | None = None,
+        use_bias: bool = False,
+        init_weights: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.activation = activation
+        self.W_down = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
+        self.W_up = nn.Parameter(torch.empty(d, r, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(d, device=device, dtype=dtype)) if use_bias else None
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        nn.init.kaiming_uniform_(self.W_down, a=math.sqrt(5))
+        if init_weights:
+            with torch.no_grad():
+                self.W_down.mul_(1e-3)
+            nn.init.zeros_(self.W_up)
+        else:
+            nn.init.normal_(self.W_up, std=0.02)
+        if self.b is not None:
+            nn.init.zeros_(self.b)
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        a = F.linear(h, self.W_down.to(h.dtype))
+        if self.activation:
+            a = ACTIVATIONS[self.activation](a)
+        return F.linear(a, self.W_up.to(h.dtype), None if self.b is None else self.b.to(h.dtype))
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return low_rank_edit(h, self.W_down, self.W_up, b=self.b, scale=scale, activation=self.activation)
+
+    def affine(self):
+        if self.activation:
+            return None
+        M = _at_least_float32(self.W_up) @ _at_least_float32(self.W_down)
+        return M, None if self.b is None else _at_least_float32(self.b)
+
+
+class Loreft(Intervention):
+    """`dh = R^T (W h + b - R h)` with orthonormal rows of `R` (LoReFT, arXiv 2404.03592, equation 2).
+
+    `W`: `(r, d)`, `b`: `(r,)`, `R`: `(r, d)`. What is stored and trained for `R` is a matrix `V` of its shape, and
+    `R = L^-1 V` with `L L^T = V V^T` (Cholesky, in float32 or better): the rows of `R` are orthonormal to rounding
+    whatever the optimizer, a cast or a file did to `V`.
+
+    At the start `W = R`, so `dh = 0`. The rows of `R` then have disjoint random supports and entries `+-2^-k`: such a matrix is
+    orthonormal exactly, in every dtype, so that casting the adapter does not disturb `dh = 0` either.
+    """
+
+    def __init__(self, d: int, r: int, init_weights: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.V = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
+        self.W = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(r, device=device, dtype=dtype))
+        self.reset_parameters(init_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        r, d = self.V.shape
+        support = 4 ** int(math.log(d // r, 4))  # the square root of a power of 4 is exact
+        columns = torch.randperm(d, device=self.V.device)[: r * support]
+        rows = torch.arange(r, device=self.V.device).repeat_interleave(support)
+        signs = torch.randint(0, 2, (r * support,), device=self.V.device) * 2 - 1
+        self.V.zero_()
+        self.V[rows, columns] = (signs / math.sqrt(support)).to(self.V.dtype)
+        self.W.copy_(self.V)
+        self.b.zero_()
+        if not init_weights:
+            self.W.add_(torch.randn_like(self.W), alpha=0.02)
+
+    @property
+    def R(self) -> torch.Tensor:
+        """The orthonormal rows, `(r, d)`, float32 (float64 if the parameters are)."""
+        V = _at_least_float32(self.V)
+        with torch.autocast(V.device.type, enabled=False):
+            return torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        R = self.R.to(h.dtype)
+        return F.linear(F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype)) - F.linear(h, R), R.t())
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        R = self.R
+        return low_rank_edit(h, self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
+
+    def affine(self):
+        R = self.R
+        return R.t() @ (self.W.to(R.dtype) - R), R.t() @ self.b.to(R.dtype)
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,201 @@
+"""The interventions at one site, by adapter name: a child of the steered module, called by a forward hook on it."""
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import SteerConfig
+from .interventions import FixedVector, Intervention, Loreft, LowRank
+
+
+CHILD = "steering"  # must not contain the prefix `steer_`, or PEFT takes the container for a weight
+
+
+def steer_output(module: nn.Module, args: tuple, output):
+    """Forward hook: replace the hidden state that `module` returns (a tensor, or a tuple's first item) by the steered one.
+
+    It is a module-level function, so that a steered model can be copied and pickled.
+    """
+    layer = getattr(module, CHILD)
+    if isinstance(output, torch.Tensor):
+        return layer(output)
+    if isinstance(output, tuple):
+        return (layer(output[0]), *output[1:])
+    raise TypeError(
+        f"{type(module).__name__} returns {type(output).__name__}; only a tensor or a tuple that begins with one can be "
+        "steered. Choose another `site` or `target_modules`."
+    )
+
+
+def build_intervention(config: SteerConfig, d: int, r: int, device=None, dtype=None) -> Intervention:
+    """The module for `config.kind`, for hidden states of width `d` and with rank `r`."""
+    common = {"init_weights": config.init_weights, "device": device, "dtype": dtype}
+    if config.kind == "vector":
+        return FixedVector(d, **common)
+    if config.kind == "loreft":
+        return Loreft(d, r, **common)
+    return LowRank(d, r, activation=config.activation, use_bias=config.use_bias, **common)
+
+
+class SteerLayer(nn.Module, BaseTunerLayer):
+    """The edits of one module's output.
+
+    With several active adapters every edit reads the same unsteered `h`: `out = h + sum_i scale_i dh_i(h)`, whatever their order.
+
+    Args:
+        module (`nn.Module`): the steered module; this layer becomes its child `steering`.
+        d (`int`): width of the hidden states.
+    """
+
+    adapter_layer_names = ("steer_edit",)
+    other_param_names = ("scaling", "initial_scaling")
+
+    def __init__(self, module: nn.Module, d: int):
+        super().__init__()
+        self.d = d
+        self.steer_edit = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
+        self._merge_backup: tuple | None = None
+        self._steered = (module,)  # in a tuple: the parent is not a submodule
+        module.add_module(CHILD, self)
+        # prepended, so that `output_hidden_states` records the steered state
+        self._hook = module.register_forward_hook(steer_output, prepend=True)
+
+    def detach(self) -> None:
+        """Remove this layer from the module that it steers."""
+        self._hook.remove()
+        delattr(self._steered[0], CHILD)
+
+    def update_layer(self, adapter_name: str, config: SteerConfig, r: int, device, dtype) -> None:
+        """Add the adapter `adapter_name`."""
+        self.steer_edit[adapter_name] = build_intervention(config, self.d, r, device=device, dtype=dtype)
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scale
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Steered hidden states, same shape `(..., d)` and dtype."""
+        if self.disable_adapters or self.merged_adapters:
+            return hidden_states
+        if self.row_adapters is not None:
+            return self._steer_rows(hidden_states)
+        active = [name for name in self.active_adapters if name in self.steer_edit]
+        if len(active) == 1:
+            return self.steer_edit[active[0]](hidden_states, self.scaling[active[0]])
+        out = hidden_states
+        for name in active:
+            out = torch.add(out, self.steer_edit[name].delta(hidden_states), alpha=self.scaling[name])
+        return out
+
+    def _steer_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Rows of one item are consecutive: its beams, or its tokens where a model flattens the batch.
+        rows = hidden_states.reshape(len(self.row_adapters), -1, hidden_states.shape[-1])
+        out = rows.clone()
+        for name in sorted(set(self.row_adapters)):
+            if name in self.steer_edit:
+                chosen = [i for i, row_name in enumerate(self.row_adapters) if row_name == name]
+                out[chosen] = self.steer_edit[name](rows[chosen], self.scaling[name])
+        return out.view(hidden_states.shape)
+
+    # --- strength, named as in PEFT's LoRA layers
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the factor of `dh` to `scale` times the configured one."""
+        if adapter_name in self.scaling:
+            self._check_not_merged("set_scale")
+            self.scaling[adapter_name] = scale * self.initial_scaling[adapter_name]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factor of every active adapter by `scale`."""
+        self._check_not_merged("scale_layer")
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factor of every active adapter by `scale`, or return it to the configured one."""
+        self._check_not_merged("unscale_layer")
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
+
+    def _check_not_merged(self, what: str) -> None:
+        if self.merged_adapters:
+            raise ValueError(f"`{what}` would not reach the merged adapters {self.merged_adapters}; unmerge them first.")
+
+    # --- merging
+
+    def merge_into(self, linear: nn.Module, adapter_names: list[str]) -> None:
+        """Fold affine edits of `linear`'s output into it: `y + s (M y + v)` with `y = W x + b` is
+        `(W + s M W) x + (b + s M b + s v)`.
+
+        Args:
+            linear: an `nn.Linear`, or transformers' `Conv1D` (whose weight is transposed), with output width `d`.
+            adapter_names: adapters of this layer whose `affine()` is not None.
+        """
+        original = self._merge_backup[1:] if self._merge_backup else (linear.weight, linear.bias)
+        weight, bias = original
+        transposed = not isinstance(linear, nn.Linear)
+        W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        W = W.t() if transposed else W
+        b = W.new_zeros(self.d) if bias is None else bias.detach().to(W)
+        new_W, new_b, has_bias = W.clone(), b.clone(), bias is not None
+        for name in self.merged_adapters + adapter_names:
+            M, v = (x if x is None else x.detach().to(W) for x in self.steer_edit[name].affine())
+            if M is not None:
+                new_W += self.scaling[name] * (M @ W)
+                new_b += self.scaling[name] * (M @ b)
+            if v is not None:
+                new_b += self.scaling[name] * v
+                has_bias = True
+        self._merge_backup = (linear, *original)
+        linear.weight = nn.Parameter((new_W.t() if transposed else new_W).contiguous().to(weight.dtype), requires_grad=False)
+        if has_bias:
+            linear.bias = nn.Parameter(new_b.to(weight.dtype), requires_grad=False)
+        self.merged_adapters = self.merged_adapters + adapter_names
+
+    @property
+    def merged_linear(self) -> nn.Module | None:
+        """The linear layer that holds merged edits, if any."""
+        return self._merge_backup[0] if self._merge_backup else None
+
+    @property
+    def merge_added_bias(self) -> bool:
+        return self._merge_backup is not None and self._merge_backup[2] is None and self.merged_linear.bias is not None
+
+    def unmerge(self) -> None:
+        """Give the linear layer its own weight and bias back, bit for bit."""
+        if self._merge_backup is not None:
+            linear, weight, bias = self._merge_backup
+            linear.weight, linear.bias = weight, bias
+        self._merge_backup = None
+        self.merged_adapters = []
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged; unmerge it first.")
+        super().delete_adapter(adapter_name)
+
+    # --- what `BaseTunerLayer` expects of a layer that wraps a `base_layer`, which this one does not
+
+    def get_base_layer(self) -> nn.Module:
+        return self
+
+    @property
+    def weight(self) -> torch.Tensor:
+        raise AttributeError(f"{type(self).__name__} has no attribute 'weight': it edits activations.")
+
+    @property
+    def bias(self) -> torch.Tensor:
+        raise AttributeError(f"{type(self).__name__} has no attribute 'bias': it edits activations.")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Called after loading with `low_cpu_mem_usage`: the weights keep the dtype of the file.
+        if adapter_name in self.steer_edit:
+            self.steer_edit[adapter_name].to(device or next(self._steered[0].parameters()).device)

@@ -1,0 +1,247 @@
+"""`SteerModel`: injects the layers into a model, and everything PEFT does with an adapter."""
+
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import STEER, SteerConfig
+from .injection import (
+    check_adapter_name,
+    check_ranks,
+    device_and_dtype,
+    keep_bnb_gradients,
+    rank_of,
+    record_shape,
+    resolve_sites,
+)
+from .layer import CHILD, SteerLayer
+from .merging import plan_merge, refuse_to_save
+from .registration import register
+from .sites import hidden_size
+
+
+MARKER = f".{CHILD}.steer_edit"
+
+
+class SteerModel(BaseTuner):
+    """
+    Edits hidden states at one place of every chosen block, as [`SteerConfig`] says ("Weight Updates as Activation Shifts: A Principled
+    Framework for Steering", arXiv 2603.00425). The base model's weights are never touched, so it may be quantized in any way.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to be adapted.
+        config ([`SteerConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*): Create empty adapter weights on the meta device.
+
+    Returns:
+        `torch.nn.Module`: The steered model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_steer import PostBlockSteerConfig
+
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model = get_peft_model(model, PostBlockSteerConfig(r=8, task_type="CAUSAL_LM"))
+        ```
+    """
+
+    prefix: str = "steer_"
+    tuner_layer_cls = SteerLayer
+    target_module_mapping: dict = {}
+
+    # --- injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        check_adapter_name(model, adapter_name)
+        # The recorded shape belongs to this adapter, not to the caller's object, which may serve for other models.
+        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
+        if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
+            state_dict = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): x for key, x in state_dict.items()}
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+
+    def _prepare_adapter_config(self, peft_config: SteerConfig, model_config: dict) -> SteerConfig:
+        return peft_config  # the blocks are found in the model, not in a table of model types
+
+    def _prepare_model(self, peft_config: SteerConfig, model: nn.Module) -> None:
+        self._sites, self._excluded = resolve_sites(model, peft_config)
+        record_shape(model, peft_config, next(iter(self._sites.values())))
+        check_ranks(peft_config, self._sites)
+        keep_bnb_gradients(model)
+
+    def _check_target_module_exists(self, peft_config: SteerConfig, key: str):
+        return key in self._sites or (_ExcludedModule() if key in self._excluded else False)
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
+        layer = getattr(target, CHILD, None)
+        if layer is None:
+            layer = SteerLayer(target, hidden_size(self.model, current_key))
+        device, dtype = device_and_dtype(target, self.model)
+        layer.update_layer(adapter_name, peft_config, rank_of(peft_config, current_key), device, dtype)
+
+    # --- rows of one batch with different adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [m for m in self.modules() if isinstance(m, SteerLayer)]
+        unknown = set(adapter_names) - {"__base__"} - {name for layer in layers for name in layer.steer_edit}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        inputs = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        if inputs is not None and len(inputs) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
+                f"{len(inputs)} respectively."
+            )
+        handles = [
+            module.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names=adapter_names), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        for layer in layers:
+            layer.row_adapters = list(adapter_names)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.row_adapters = None
+            for handle in handles:
+                handle.remove()
+
+    # --- strength
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the strength of an adapter to `scale` times the configured one: `h + scale * config.scale * dh`."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {list(self.peft_config)}.")
+        for layer in self._steer_layers():
+            layer.set_scale(adapter_name, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters by `scale`."""
+        for layer in self._steer_layers():
+            layer.scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by `scale`, or return it to the configured one."""
+        for layer in self._steer_layers():
+            layer.unscale_layer(scale)
+
+    def _steer_layers(self) -> list[SteerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, SteerLayer)]
+
+    # --- merging and unloading
+
+    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+        plan_merge(self.model, self.peft_config, adapter_names)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base's weights where that is exact; see [`~peft_steer.merging.plan_merge`] for where it is.
+
+        Raises:
+            ValueError: if it is not exact for one of them, before anything is changed; with `safe_merge`, if a merged weight is
+                not finite, after undoing the merge.
+        """
+        plan = plan_merge(self.model, self.peft_config, adapter_names)
+        for layer, linear, names in plan:
+            layer.merge_into(linear, names)
+        if safe_merge and not all(torch.isfinite(p).all() for _, linear, _ in plan for p in linear.parameters()):
+            self.unmerge_adapter()
+            raise ValueError("NaNs detected in the merged weights. The adapter seems to be broken.")
+
+    def unmerge_adapter(self) -> None:
+        """Give the base its own weights back, bit for bit."""
+        for layer in self._steer_layers():
+            layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        layers = self._steer_layers()
+        if any(layer.merge_added_bias for layer in layers) and merge:
+            refuse_to_save(self.model)
+        for layer in layers:
+            if not merge:
+                layer.unmerge()
+            layer.detach()
+        # what is left to do is `modules_to_save`
+        return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar)
+
+    # --- the file
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # By our own marker and not by the names of modules, which PEFT 0.21 gets wrong below a checkpoint wrapper (FSDP's
+        # `fsdp_activation_checkpointing`): it then saves an empty file.
+        return {key: x for key, x in state_dict.items() if f"{MARKER}.{adapter_name}." in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = {key.replace(f"{MARKER}.", f"{MARKER}.{adapter_name}."): x for key, x in state_dict.items()}
+        check_state_dict(model, adapter_name, state_dict)
+        return state_dict
+
+
+def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless `state_dict` has exactly the tensors that the adapter has in `model`, of its shapes and without
+    NaN."""
+
+    def bare(name: str) -> str:
+        return name.removeprefix("base_model.model.")
+
+    expected = {bare(k): p for k, p in model.state_dict().items() if f"{MARKER}.{adapter_name}." in k}
+    found = {bare(k): x for k, x in state_dict.items() if MARKER in k}
+    for what, names in (("lacks", expected.keys() - found.keys()), ("has extra", found.keys() - expected.keys())):
+        if names:
+            raise ValueError(
+                f"The checkpoint of adapter {adapter_name!r} {what} {len(names)} tensor(s), such as {min(names)!r}: it belongs to "
+                "another configuration or base model, or the file is damaged."
+            )
+    for name, x in found.items():
+        if x.shape != expected[name].shape:
+            raise ValueError(
+                f"{name!r} has the shape {tuple(x.shape)} in the checkpoint of adapter {adapter_name!r} and "
+                f"{tuple(expected[name].shape)} in the model: the checkpoint belongs to another rank or base model."
+            )
+        if not x.isfinite().all():
+            raise ValueError(f"{name!r} in the checkpoint of adapter {adapter_name!r} has values that are not finite.")
+
+
+def _pass_adapter_names(module, args, kwargs, adapter_names):
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+register(STEER, SteerConfig, SteerModel)
