@@ -1,0 +1,1 @@
+"""Tasks and a model for lm-evaluation-harness: each folder is one task (YAML, README, its data)."""

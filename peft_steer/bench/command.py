@@ -1,0 +1,40 @@
+"""Compares PEFT methods on one task, as a grid file says: trains and evaluates each, then prints and writes the table."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """Runs `peft-steer bench`. Returns 0, or 1 if a cell failed, or 2 if the grid cannot be run as written."""
+    parser = argparse.ArgumentParser(prog="peft-steer bench", description=__doc__)
+    parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="what to compare")
+    parser.add_argument("--model", help="directory or hub id, instead of the grid's")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: results/<name of the grid>)")
+    args = parser.parse_args(argv)
+
+    from peft_steer.bench.collect import adapter_path, run_cells
+    from peft_steer.bench.models import find_model
+    from peft_steer.bench.plan import load_grid
+    from peft_steer.bench.report import write_report
+
+    directory = args.output or Path("results") / args.grid.stem
+    try:
+        grid = load_grid(args.grid, model=args.model)
+        source = find_model(grid.model)
+        cells = grid.cells(source.label)
+    except (ValueError, OSError) as error:
+        print(f"peft-steer bench: {error}", file=sys.stderr)
+        return 2
+    print(f"Model: {source.label}\n       loaded from {source.path}", flush=True)
+    try:
+        results = run_cells(cells, source.path, directory)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on where this run stopped.", file=sys.stderr)
+        return 130
+    print(f"\n{write_report(grid, cells, results, directory)}")
+    print(f"Table, CSV and figure: {directory}. Adapters: {adapter_path(directory, cells[0]).parent}")
+    failed = sum(result["status"] == "failed" for result in results)
+    if failed:
+        print(f"{failed} of {len(cells)} runs failed; the same command tries them again.", file=sys.stderr)
+    return 1 if failed else 0

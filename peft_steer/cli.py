@@ -1,0 +1,29 @@
+"""The console command `peft-steer`."""
+
+import importlib
+import sys
+
+
+# Each is a module with `main(argv) -> exit code`, imported only when it is called for.
+COMMANDS = {
+    "bench": ("peft_steer.bench.command", "compare PEFT methods on a task, as a grid file says"),
+    "cost": ("peft_steer.cost", "measure the memory and the time of PEFT methods on a model"),
+    "lm-eval": ("peft_steer.harness", "lm-evaluation-harness, knowing our adapters and tasks"),
+}
+_USAGE = "usage: peft-steer COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
+
+
+def main() -> int:
+    """Runs the command that the first argument names."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{_USAGE}\n\n`peft-steer COMMAND --help` says more.")
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        print(f"peft-steer: unknown command {arguments[0]!r}\n{_USAGE}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
