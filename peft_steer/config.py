@@ -93,9 +93,18 @@ class SteerConfig(PeftConfig):
     hidden_size: int | None = field(default=None, metadata={"help": "Recorded: width of the model."})
     num_blocks: int | None = field(default=None, metadata={"help": "Recorded: number of blocks of the model."})
 
+    @classmethod
+    def from_peft_type(cls, **kwargs):
+        """As PEFT's, but a preset's own `from_pretrained` returns the preset's class: all presets share one PEFT type."""
+        if kwargs.get("peft_type") == STEER:
+            del kwargs["peft_type"]
+        return super().from_peft_type(**kwargs)
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = STEER
+        # Those of a file. What an injection writes later describes its own model and binds no other.
+        self._made_for = (self.hidden_size, self.num_blocks)
         _check_member("site", self.site, SITES)
         _check_member("kind", self.kind, KINDS)
         _check_member("positions", self.positions, POSITIONS)

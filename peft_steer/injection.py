@@ -39,14 +39,12 @@ def check_ranks(config: SteerConfig, names) -> None:
 
 
 def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
-    """Write the model's width and depth into `config`, or raise `ValueError` if it has others (those of the model that the adapter
-    was made for)."""
+    """Write the model's width and depth into `config`, or raise `ValueError` if `config` comes with an adapter for others."""
     found = (hidden_size(model, block.name), len(model.get_submodule(block.stack)))
-    recorded = (config.hidden_size, config.num_blocks)
-    if recorded not in ((None, None), found):
+    if config._made_for not in ((None, None), found):
         raise ValueError(
-            f"The adapter was made for a model with hidden_size={recorded[0]} and num_blocks={recorded[1]}; "
-            f"{type(model).__name__} has {found[0]} and {found[1]}. Load it onto its base model"
+            "The adapter was made for a model with hidden_size={} and num_blocks={}; ".format(*config._made_for)
+            + f"{type(model).__name__} has {found[0]} and {found[1]}. Load it onto its base model"
             + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
         )
     config.hidden_size, config.num_blocks = found

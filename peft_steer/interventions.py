@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -27,53 +28,64 @@ def _activation_backward(name: str | None, grad: torch.Tensor, z: torch.Tensor) 
     return torch.ops.aten.tanh_backward(grad, torch.tanh(z))
 
 
+def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
+
+
+def _plain_edit(h, W_down, W_up, c, b, scale, activation):
+    """The edit, and the two tensors of width `r` that its derivative needs."""
+    z = F.linear(h, W_down, c)
+    a = ACTIVATIONS[activation](z) if activation else z
+    out = F.linear(a, W_up, b)
+    if scale != 1:
+        out = out.mul_(scale)
+    return out.add_(h), z, a
+
+
 class _LowRankEdit(torch.autograd.Function):
-    """`out = h + scale * (act(h W_down^T + c) W_up^T + b)`, keeping `out` for backward instead of `h`.
+    """`out = h + scale * (W_up act(W_down h + c) + b)`, keeping `out` for backward instead of `h`.
 
     A forward hook runs outside the block's gradient checkpoint. `h`, kept for backward, would be kept for this edit alone;
     `out` is the input of the next block, which keeps it anyway. `W_down`'s gradient needs `h` only in the product
-    `gz^T h`, and with `h = out - scale * (a W_up^T + b)` that is `gz^T out` minus terms of size `r x r`: `h` is never rebuilt.
+    `gz^T h`, and with `h = out - scale * (W_up a + b)` that is `gz^T out` minus terms of size `r x r`: `h` is never rebuilt.
     """
 
     @staticmethod
-    def forward(h, W_down, c, W_up, b, scale, activation):
-        z = F.linear(h, W_down, c)
-        a = ACTIVATIONS[activation](z) if activation else z
-        out = torch.addmm(h, a, W_up.t(), alpha=scale)
-        if b is not None:
-            out = out.add(b, alpha=scale)
-        return out, z
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, W_down, c, W_up, b, scale, activation = inputs
-        out, z = output
-        ctx.mark_non_differentiable(z)
+    def forward(ctx, h, W_down, W_up, c, b, scale, activation):
+        out, z, _ = _plain_edit(h, *_cast(h.dtype, W_down, W_up, c, b), scale, activation)
         ctx.save_for_backward(out, z, W_down, W_up, b)
-        ctx.scale, ctx.activation, ctx.has_c = scale, activation, c is not None
+        ctx.scale, ctx.activation = scale, activation
+        return out
 
     @staticmethod
-    def backward(ctx, grad_out, _):
+    @once_differentiable
+    def backward(ctx, grad_out):
         out, z, W_down, W_up, b = ctx.saved_tensors
-        scale, activation = ctx.scale, ctx.activation
-        need_h, need_down, need_c, need_up, need_b = ctx.needs_input_grad[:5]
+        scale, activation, dtype = ctx.scale, ctx.activation, out.dtype
+        need_h, need_down, need_up, need_c, need_b = ctx.needs_input_grad[:5]
+        shape = grad_out.shape
+        grad_out, out, z = (x.reshape(-1, x.shape[-1]) for x in (grad_out, out, z))
         a = ACTIVATIONS[activation](z) if activation else z
 
-        grad_b = grad_out.sum(0) * scale if need_b else None
-        grad_up = (grad_out.t() @ a) * scale if need_up else None
-        grad_h = grad_down = grad_c = None
+        grad_h = grad_down = grad_up = grad_c = grad_b = None
+        if need_b:
+            grad_b = grad_out.sum(0).to(b.dtype) * scale
+        if need_up:
+            grad_up = (grad_out.t() @ a).to(W_up.dtype) * scale
         if need_h or need_down or need_c:
-            grad_z = _activation_backward(activation, (grad_out @ W_up) * scale, z)
+            grad_z = _activation_backward(activation, (grad_out @ W_up.to(dtype)) * scale, z)
             if need_h:
-                grad_h = torch.addmm(grad_out, grad_z, W_down)
-            sum_z = grad_z.sum(0)
+                grad_h = torch.addmm(grad_out, grad_z, W_down.to(dtype)).view(shape)
+            sum_z = grad_z.sum(0).to(W_down.dtype)
             if need_c:
                 grad_c = sum_z
             if need_down:
-                grad_down = grad_z.t() @ out - ((grad_z.t() @ a) @ W_up.t()) * scale
+                # the corrections in the parameters' precision
+                steered = (grad_z.t() @ a).to(W_up.dtype) @ W_up.t()
                 if b is not None:
-                    grad_down = grad_down - torch.outer(sum_z, b) * scale
-        return grad_h, grad_down, grad_c, grad_up, grad_b, None, None
+                    steered = steered + torch.outer(sum_z, b)
+                grad_down = (grad_z.t() @ out).to(W_down.dtype) - scale * steered
+        return grad_h, grad_down, grad_up, grad_c, grad_b, None, None
 
 
 def low_rank_edit(
@@ -85,22 +97,24 @@ def low_rank_edit(
     scale: float = 1.0,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """`h + scale * (act(W_down h + c) W_up^T + b)`, fused.
+    """`h + scale * (W_up act(W_down h + c) + b)`, fused; differentiable once.
 
     Args:
         h: hidden states, `(..., d)`, any floating dtype.
-        W_down: `(r, d)`. W_up: `(d, r)`. c: `(r,)` or None. b: `(d,)` or None.
+        W_down: `(r, d)`. W_up: `(d, r)`. c: `(r,)` or None. b: `(d,)` or None. All of one floating dtype.
         scale: strength of the edit.
         activation: a key of `ACTIVATIONS`, or None for the identity.
 
     Returns:
         `(..., d)`, in the dtype of `h`.
     """
-    weights = (x if x is None else x.to(h.dtype) for x in (W_down, c, W_up, b))
-    run = _LowRankEdit.apply if torch.is_grad_enabled() else _LowRankEdit.forward
-    with torch.autocast(h.device.type, enabled=False):  # it would return another dtype than the base model expects
-        out, _ = run(h.reshape(-1, h.shape[-1]), *weights, scale, activation)
-    return out.view(h.shape)
+    if torch.is_autocast_enabled(h.device.type):  # it would return another dtype than the base model expects
+        with torch.autocast(h.device.type, enabled=False):
+            return low_rank_edit(h, W_down, W_up, c, b, scale, activation)
+    weights = (W_down, W_up, c, b)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, *weights)):
+        return _LowRankEdit.apply(h, *weights, scale, activation)
+    return _plain_edit(h, *_cast(h.dtype, *weights), scale, activation)[0]
 
 
 class Intervention(nn.Module):
@@ -135,7 +149,7 @@ class FixedVector(Intervention):
         if init_weights:
             nn.init.zeros_(self.v)
         else:
-            nn.init.normal_(self.v, std=0.02)
+            nn.init.normal_(self.v)
 
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return self.v.to(h.dtype)
@@ -175,9 +189,9 @@ class LowRank(Intervention):
                 self.W_down.mul_(1e-3)
             nn.init.zeros_(self.W_up)
         else:
-            nn.init.normal_(self.W_up, std=0.02)
+            nn.init.kaiming_uniform_(self.W_up, a=math.sqrt(5))
         if self.b is not None:
-            nn.init.zeros_(self.b)
+            nn.init.zeros_(self.b) if init_weights else nn.init.normal_(self.b)
 
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         a = F.linear(h, self.W_down.to(h.dtype))
@@ -225,7 +239,8 @@ class Loreft(Intervention):
         self.W.copy_(self.V)
         self.b.zero_()
         if not init_weights:
-            self.W.add_(torch.randn_like(self.W), alpha=0.02)
+            self.W.add_(torch.randn_like(self.W), alpha=d**-0.5)
+            nn.init.normal_(self.b)
 
     @property
     def R(self) -> torch.Tensor:

@@ -52,7 +52,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, module: nn.Module, d: int):
         super().__init__()
-        self.d = d
+        self.in_features = self.out_features = d
         self.steer_edit = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
@@ -71,7 +71,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SteerConfig, r: int, device, dtype) -> None:
         """Add the adapter `adapter_name`."""
-        self.steer_edit[adapter_name] = build_intervention(config, self.d, r, device=device, dtype=dtype)
+        self.steer_edit[adapter_name] = build_intervention(config, self.out_features, r, device=device, dtype=dtype)
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scale
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         transposed = not isinstance(linear, nn.Linear)
         W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         W = W.t() if transposed else W
-        b = W.new_zeros(self.d) if bias is None else bias.detach().to(W)
+        b = W.new_zeros(self.out_features) if bias is None else bias.detach().to(W)
         new_W, new_b, has_bias = W.clone(), b.clone(), bias is not None
         for name in self.merged_adapters + adapter_names:
             M, v = (x if x is None else x.detach().to(W) for x in self.steer_edit[name].affine())

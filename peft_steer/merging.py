@@ -1,7 +1,9 @@
 """When an edit can be folded into the base's weights exactly, and the linear layer that it is folded into."""
 
+import math
 from types import MethodType
 
+import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -9,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import SteerConfig
 from .injection import resolve_sites
 from .layer import SteerLayer
-from .sites import Block, adds_mlp_unchanged, output_linear, site_module
+from .sites import Block, output_linear, site_module
 
 
 def plan_merge(
@@ -41,19 +43,13 @@ def plan_merge(
         for adapter in names:
             if adapter not in blocks:
                 blocks[adapter] = resolve_sites(model, configs[adapter])[0]
-            linear = _linear_for(configs[adapter], site_name, blocks[adapter][site_name], layer)
-        left_out = set(layer.active_adapters) & set(layer.steer_edit) - set(names) - set(layer.merged_adapters)
-        if left_out:
-            raise ValueError(
-                f"The adapters {sorted(left_out)} are active but would not be merged, and would stop acting. Merge all active "
-                "adapters together, or deactivate the others with `set_adapter`."
-            )
+            linear = _linear_for(model, configs[adapter], site_name, blocks[adapter][site_name])
         plan.append((layer, linear, names))
     _check_one_edit_per_linear(model, plan)
     return plan
 
 
-def _linear_for(config: SteerConfig, site_name: str, block: Block, layer: SteerLayer) -> nn.Module:
+def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Block) -> nn.Module:
     def refuse(reason: str):
         raise ValueError(
             f"The adapter at {site_name!r} (site={config.site!r}, kind={config.kind!r}) cannot be merged: {reason}. Keep it "
@@ -64,8 +60,6 @@ def _linear_for(config: SteerConfig, site_name: str, block: Block, layer: SteerL
         refuse("a nonlinear edit equals no change of a weight")
     if config.site == "block" and config.kind != "vector":
         refuse("it reads the skip connection, which is no linear layer's output")
-    if config.site == "block" and not adds_mlp_unchanged(block):
-        refuse("the block normalizes or scales the MLP's output")
     name, module = site_module(block, "mlp" if config.site == "block" else config.site)
     if "norm" in name.rpartition(".")[2].lower():
         refuse(f"the norm {name!r} stands between the last linear layer and the edit")
@@ -76,7 +70,43 @@ def _linear_for(config: SteerConfig, site_name: str, block: Block, layer: SteerL
     plain = isinstance(linear, (nn.Linear, Conv1D)) and type(linear.weight) is nn.Parameter
     if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
         refuse(f"the weight of {type(linear).__name__} is quantized, sharded, offloaded or adapted by another method")
+    if block.index == 0 and not _arrives_unchanged(model, linear, model.get_submodule(site_name)):
+        refuse(f"what {name!r} returns is normalized, scaled or otherwise changed before the place of the edit")
     return linear
+
+
+@torch.no_grad()
+def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) -> bool:
+    """Whether something added to `linear`'s output appears in `steered`'s output as it is: tried, on the model's dummy input, since no
+    attribute tells a block that normalizes after the sum (BERT, BART) from one that does not."""
+    outputs, added = [], None
+
+    def add(module, args, output):
+        return output if added is None else output + added
+
+    def record(module, args, output):
+        outputs.append((output[0] if isinstance(output, tuple) else output).double())
+
+    modes = {module: module.training for module in model.modules()}
+    layers = [m for m in modes if isinstance(m, SteerLayer) and not m.disable_adapters]
+    handles = [linear.register_forward_hook(add), steered.register_forward_hook(record)]
+    try:
+        model.eval()
+        for layer in layers:
+            layer._disable_adapters = True
+        dummy = {name: x.to(linear.weight.device) for name, x in model.dummy_inputs.items()}
+        model(**dummy)
+        added = outputs[0].std().to(linear.weight.dtype) * torch.linspace(-1, 1, outputs[0].shape[-1]).to(linear.weight)
+        model(**dummy)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            layer._disable_adapters = False
+        for module, mode in modes.items():
+            module.training = mode
+    error = outputs[1] - outputs[0] - added
+    return bool(error.norm() < 0.05 * added.double().norm() * math.sqrt(error[..., 0].numel()))
 
 
 def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:

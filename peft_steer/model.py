@@ -1,7 +1,6 @@
 """`SteerModel`: injects the layers into a model, and everything PEFT does with an adapter."""
 
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 
 import torch
@@ -69,8 +68,6 @@ class SteerModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         check_adapter_name(model, adapter_name)
-        # The recorded shape belongs to this adapter, not to the caller's object, which may serve for other models.
-        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
         if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
             state_dict = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): x for key, x in state_dict.items()}
         super().inject_adapter(
@@ -110,7 +107,11 @@ class SteerModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [m for m in self.modules() if isinstance(m, SteerLayer)]
+        layers = self._steer_layers()
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         unknown = set(adapter_names) - {"__base__"} - {name for layer in layers for name in layer.steer_edit}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
@@ -166,15 +167,26 @@ class SteerModel(BaseTuner):
         """Fold adapters into the base's weights where that is exact; see [`~peft_steer.merging.plan_merge`] for where it is.
 
         Raises:
-            ValueError: if it is not exact for one of them, before anything is changed; with `safe_merge`, if a merged weight is
-                not finite, after undoing the merge.
+            ValueError: before anything is changed: if it is not exact for one of them, if an active adapter would be left out and
+                stop acting, or, with `safe_merge`, if a parameter of theirs is not finite.
         """
         plan = plan_merge(self.model, self.peft_config, adapter_names)
+        for layer, _, names in plan:
+            left_out = set(layer.active_adapters) & set(layer.steer_edit) - set(names) - set(layer.merged_adapters)
+            if left_out:
+                raise ValueError(
+                    f"The adapters {sorted(left_out)} are active but would not be merged, and would stop acting. Merge all "
+                    "active adapters together, or deactivate the others with `set_adapter`."
+                )
+        self._merge(plan, safe_merge)
+
+    def _merge(self, plan: list, safe_merge: bool) -> None:
+        for layer, _, names in plan if safe_merge else ():
+            for name in names:
+                if not all(p.isfinite().all() for p in layer.steer_edit[name].parameters()):
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         for layer, linear, names in plan:
             layer.merge_into(linear, names)
-        if safe_merge and not all(torch.isfinite(p).all() for _, linear, _ in plan for p in linear.parameters()):
-            self.unmerge_adapter()
-            raise ValueError("NaNs detected in the merged weights. The adapter seems to be broken.")
 
     def unmerge_adapter(self) -> None:
         """Give the base its own weights back, bit for bit."""
@@ -188,8 +200,8 @@ class SteerModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        if merge:  # active adapters that are not named are dropped, as PEFT drops them
+            self._merge(plan_merge(self.model, self.peft_config, adapter_names), safe_merge)
         layers = self._steer_layers()
         if any(layer.merge_added_bias for layer in layers) and merge:
             refuse_to_save(self.model)

@@ -134,20 +134,10 @@ def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
 def output_linear(module: nn.Module) -> str | None:
     """Name of the linear layer whose output is `module`'s output ("" if it is `module` itself), or None if there is no such
     single layer (a mixture of experts)."""
-    if not list(module.children()):
-        return "" if hasattr(module, "weight") and module.weight.ndim == 2 else None
+    if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
+        return ""
     found = [name for name, _ in module.named_children() if name in _OUTPUT_LINEAR]
     return found[0] if len(found) == 1 else None
-
-
-def adds_mlp_unchanged(block: Block) -> bool:
-    """Whether the block's output is a sum that has the MLP's output as a term: no norm after the sum, no factor."""
-    name, module = site_module(block, "mlp")
-    inside = name.removeprefix(f"{block.name}.")
-    if _branch_norm(block.module, "mlp") is not None or inside == "output.dense":
-        return False
-    settings = vars(block.module)
-    return settings.get("do_layer_norm_before", True) and settings.get("residual_multiplier", 1) == 1
 
 
 def hidden_size(model: nn.Module, name: str) -> int:

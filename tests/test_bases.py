@@ -1,0 +1,145 @@
+"""Quantized and half-precision bases: real training on the CPU, files, and bitsandbytes' lost gradients."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from tiny import KINDS, inputs, make, randomize
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from peft_steer import SteerConfig
+
+
+BASES = {
+    "fp32": {"dtype": torch.float32},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "nf4": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")},
+    "nf4_double": {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    },
+    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """64 wide: bitsandbytes' block size."""
+    path = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**make().config.to_dict(), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def load(checkpoint, base):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, **BASES[base]).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**inputs()).logits
+
+
+def train(model, steps=8, lr=0.02):
+    model.train()
+    x = inputs(rows=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        loss = model(**x, labels=x["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("kind", "site"), [("vector", "attention"), ("linear_bias", "mlp"), ("silu", "block"), ("loreft", "attention")]
+)
+@pytest.mark.parametrize("base", BASES)
+def test_train_save_load(tmp_path, checkpoint, base, kind, site):
+    model = load(checkpoint, base)
+    plain = logits(model)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = get_peft_model(model, SteerConfig(r=4, site=site, **KINDS[kind], task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model), plain)
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.01
+    assert all(torch.isfinite(torch.tensor(losses)))
+    after = dict(model.get_base_model().named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in frozen.items())
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(checkpoint, base), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_an_adapter_moves_to_another_precision(tmp_path, checkpoint, base):
+    model = get_peft_model(load(checkpoint, "fp32"), SteerConfig(kind="nonlinear", task_type="CAUSAL_LM")).eval()
+    randomize(model, std=0.5)
+    model.save_pretrained(tmp_path)
+    quantized = load(checkpoint, base)
+    plain = logits(quantized)
+    error = (plain - logits(load(checkpoint, "fp32"))).norm()
+    steered = PeftModel.from_pretrained(quantized, tmp_path)
+    assert (logits(steered) - logits(model)).norm() < 3 * error < (logits(steered) - plain).norm()
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_kbit_preparation_and_checkpointing(checkpoint, base):
+    model = prepare_model_for_kbit_training(load(checkpoint, base), gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(model, SteerConfig(kind="nonlinear", task_type="CAUSAL_LM"))
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.01
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4_double", "int8"])
+def test_merging_into_quantized_weights_is_refused(checkpoint, base):
+    model = get_peft_model(load(checkpoint, base), SteerConfig(site="mlp", kind="linear", task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="is quantized"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize("evaluate", ["before wrapping", "after wrapping"])
+@pytest.mark.parametrize("base", ["nf4", "nf4_double"])
+def test_gradients_after_an_evaluation(checkpoint, base, evaluate):
+    """bitsandbytes on CPUs with AVX512-BF16 packs 4-bit weights in the first evaluation and loses gradients from then on."""
+
+    def gradients(evaluated):
+        model = load(checkpoint, base)
+        if evaluated and evaluate == "before wrapping":
+            logits(model)
+        model = get_peft_model(model, SteerConfig(kind="nonlinear", task_type="CAUSAL_LM"))
+        randomize(model, std=0.5)
+        if evaluated and evaluate == "after wrapping":
+            logits(model.eval())
+        x = inputs()
+        model.train()(**x, labels=x["input_ids"]).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    expected, found = gradients(False), gradients(True)
+    assert all(torch.equal(found[name], g) and g.abs().sum() > 0 for name, g in expected.items())
+
+
+def test_packed_4bit_weights_are_unpacked(checkpoint, monkeypatch):
+    """The same on any CPU: the layers say that they would pack, and have packed."""
+    model = load(checkpoint, "nf4")
+    packed = []
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+            original = module._save_to_state_dict
+            monkeypatch.setattr(
+                module, "_save_to_state_dict", lambda *a, m=module, f=original: packed.append(m) or f(*a)
+            )
+    get_peft_model(model, SteerConfig(task_type="CAUSAL_LM"))
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert layers
+    assert not any(m.support_avx512bf16_for_cpu for m in layers)
+    assert {id(m) for m in packed} == {id(m) for m in layers}
