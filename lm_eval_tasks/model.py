@@ -3,7 +3,7 @@
 lm-eval 0.4.13 finds it once this module is imported (`peft-steer lm-eval` does so); newer versions find it by the
 entry point `lm_eval.models`:
 
-    lm_eval --model peft-steer --model_args pretrained=MODEL,peft=ADAPTER_DIR --include_path lm_eval_tasks --tasks listops
+    lm_eval --model peft-steer --model_args pretrained=MODEL,peft=DIR --include_path lm_eval_tasks --tasks listops
 """
 
 from lm_eval.api.registry import register_model

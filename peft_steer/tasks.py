@@ -30,9 +30,8 @@ def load_task(name: str, include_path: str | None = None) -> tuple[ConfigurableT
         manager = TaskManager(include_path=paths)
     if name not in manager.all_subtasks:
         close = difflib.get_close_matches(name, manager.all_subtasks, n=3)
-        raise ValueError(
-            f"task: {name!r} is not a single task known to lm-eval" + (f", did you mean {close}?" if close else "")
-        )
+        hint = f", did you mean {close}?" if close else ""
+        raise ValueError(f"task: {name!r} is not a single task known to lm-eval{hint}")
     return manager.load(name)["tasks"][name], manager
 
 
@@ -53,8 +52,8 @@ def evaluate_on(task: ConfigurableTask, split: str) -> None:
 def sft_dataset(task: ConfigurableTask) -> datasets.Dataset:
     """The training split as columns `prompt` and `completion`, both strings.
 
-    For a multiple-choice task the completion is the right choice as the harness scores it; for a generative one it is the
-    target. Loglikelihood tasks without choices have no answer to train on.
+    For a multiple-choice task the completion is the right choice as the harness scores it; for a generative one it is
+    the target. Loglikelihood tasks without choices have no answer to train on.
 
     Raises:
         ValueError: If there is no training split, if it is the evaluated one, or if the task's type has no answer.

@@ -4,6 +4,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with more, the more so on a busy machine
 
 import pytest
 import torch

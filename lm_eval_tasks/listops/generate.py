@@ -15,6 +15,7 @@ OPERATORS = {
     "sm": lambda values: sum(values) % 10,
 }
 SPLITS = ("train", "validation", "test")
+_PATIENCE = 20_000  # expressions in a row that are not new, before giving up
 
 
 def load(
@@ -56,19 +57,21 @@ def load(
     wanted = dict(zip(SPLITS, (n_train, n_validation, n_test), strict=True))
     found: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     expressions = _expressions(random.Random(seed), operators, max_depth, max_args, max_symbols)
-    for _attempt in range(200 * sum(wanted.values())):
-        if all(len(found[split]) == wanted[split] for split in SPLITS):
-            break
+    misses = 0
+    while any(len(found[split]) < wanted[split] for split in SPLITS):
         expression, value = next(expressions)
-        split = _split(expression)
-        if len(found[split]) < wanted[split]:
-            found[split][expression] = value
-    else:
-        counts = {split: len(found[split]) for split in SPLITS}
-        raise ValueError(
-            f"ListOps: wanted {wanted} different expressions, found {counts} with {operators=}, {max_depth=}, "
-            f"{max_args=}, {max_symbols=}. Ask for fewer, or for longer ones."
-        )
+        same_split = found[_split(expression)]
+        if expression in same_split or len(same_split) == wanted[_split(expression)]:
+            misses += 1
+        else:
+            same_split[expression] = value
+            misses = 0
+        if misses == _PATIENCE:
+            counts = {split: len(found[split]) for split in SPLITS}
+            raise ValueError(
+                f"ListOps: wanted {wanted} different expressions, found {counts} with {operators=}, {max_depth=}, "
+                f"{max_args=}, {max_symbols=}. Ask for fewer, or for longer ones."
+            )
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict({"expression": list(items), "value": list(items.values())})
@@ -87,7 +90,7 @@ def _expressions(
 ) -> Iterator[tuple[str, int]]:
     while True:
         expression, value, symbols = _tree(rng, operators, max_depth, max_args)
-        if symbols <= max_symbols:
+        if symbols <= max_symbols:  # always so in the end: two arguments make three symbols
             yield expression, value
 
 

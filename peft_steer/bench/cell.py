@@ -1,4 +1,4 @@
-"""One cell of a comparison: train one method with TRL's `SFTTrainer`, evaluate it with lm-eval, measure what it costs."""
+"""One cell of a comparison: train a method with TRL's `SFTTrainer`, evaluate it with lm-eval, measure its costs."""
 
 import logging
 import platform
@@ -21,9 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_steer import tasks
 from peft_steer.bench.memory import peak_bytes, reset_peak
 from peft_steer.bench.plan import Cell
-
-
-saved_bytes = lambda m, b: 0  # TEMP
+from peft_steer.cost import saved_bytes
 
 
 def run_cell(cell: Cell, model_path: str, adapter_dir: Path) -> dict[str, Any]:
@@ -35,8 +33,8 @@ def run_cell(cell: Cell, model_path: str, adapter_dir: Path) -> dict[str, Any]:
         adapter_dir: Where the trained adapter is saved.
 
     Returns:
-        Accuracy with its standard error and n, and the costs: sizes in bytes, times in seconds, None where the untrained
-        base has none.
+        Accuracy with its standard error and n, and the costs: sizes in bytes, times in seconds, None where the
+        untrained base has none.
     """
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
@@ -68,6 +66,7 @@ def _train(
             learning_rate=cell.learning_rate,
             seed=cell.seed,
             save_strategy="no",
+            completion_only_loss=True,  # its default looks for the untokenized columns
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
             **arguments,
@@ -121,9 +120,6 @@ def _evaluate(
 def _environment(device: str) -> dict[str, str]:
     libraries = (torch, transformers, peft, trl, lm_eval)
     versions = {library.__name__: library.__version__ for library in libraries}
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {"device": name, "python": platform.python_version(), **versions}

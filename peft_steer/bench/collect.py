@@ -1,7 +1,7 @@
 """Runs the cells that have no result yet, each in its own process, and reads the results.
 
-A result is one JSON file, named by the cell's key and written in one step: whoever kills the run at whatever moment, each
-cell is either finished or not, and the next run does what is left.
+A result is one JSON file, named by the cell's key and written in one step: whoever kills the run at whatever moment,
+each cell is either finished or not, and the next run does what is left.
 """
 
 import json
@@ -80,10 +80,8 @@ def _run(context: Any, cell: Cell, model_path: str, directory: Path) -> dict[str
         process.kill()
     result = read_result(directory, cell)
     if result is None:
-        result = {
-            "status": "failed",
-            "error": f"its process ended with exit code {process.exitcode} (-9: out of memory?)",
-        }
+        error = f"its process ended with exit code {process.exitcode}, without a word (-9 is often: out of memory)"
+        result = {"status": "failed", "error": error}
         _write(directory, cell, result)
     return result
 

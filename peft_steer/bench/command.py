@@ -1,4 +1,4 @@
-"""Compares PEFT methods on one task, as a grid file says: trains and evaluates each, then prints and writes the table."""
+"""Compares PEFT methods on one task, as a grid file says: trains and evaluates each, then writes the table."""
 
 import argparse
 import sys

@@ -8,7 +8,7 @@ import torch
 
 
 def reset_peak() -> None:
-    """Starts a new measurement. On macOS a process's peak cannot be reset: there it counts from the process's start."""
+    """Starts a new measurement. macOS cannot reset a process's peak: there it counts from the process's start."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":

@@ -20,7 +20,7 @@ import peft_steer  # noqa: F401  (registers the tuner types)
 
 
 # What the bench sets itself, so a grid's `train` may not.
-_OURS = {"output_dir", "learning_rate", "seed", "save_strategy", "report_to", "use_cpu"}
+_OURS = {"output_dir", "learning_rate", "seed", "save_strategy", "report_to", "use_cpu", "completion_only_loss"}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -149,9 +149,7 @@ def load_grid(path: str | Path, model: str | None = None) -> Grid:
 
 def _grid(raw: Any, model: str | None) -> Grid:
     if not isinstance(raw, dict):
-        raise ValueError(
-            f"a grid is a mapping with the keys {[f.name for f in dataclasses.fields(Grid)]}, got {raw!r}"
-        )
+        raise ValueError(f"a grid has the keys {[f.name for f in dataclasses.fields(Grid)]}, this is {raw!r}")
     if model is not None:
         raw = {**raw, "model": model}
     _check_keys("", raw, (f.name for f in dataclasses.fields(Grid)))

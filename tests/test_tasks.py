@@ -1,0 +1,110 @@
+"""Any lm-eval task as training data: the strings that the harness scores, never from the evaluated split."""
+
+import datasets
+import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_steer import tasks
+
+
+def make_task(**config) -> ConfigurableTask:
+    """A task on two documents a split, in lm-eval's own terms."""
+    options = [["two", "three"], ["three", "four"]]
+    rows = {"question": ["1+1?", "2+2?"], "options": options, "answer": [0, 1], "text": ["two", "four"]}
+    data = {split: datasets.Dataset.from_dict(rows) for split in ("train", "validation", "test")}
+    defaults = {
+        "task": "made_up",
+        "custom_dataset": lambda **_: data,
+        "training_split": "train",
+        "validation_split": "validation",
+        "test_split": "test",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "metadata": {"version": 1},
+    }
+    return ConfigurableTask(config={**defaults, **config})
+
+
+def multiple_choice(**config) -> ConfigurableTask:
+    defaults = {"output_type": "multiple_choice", "doc_to_choice": "options", "doc_to_target": "answer"}
+    return make_task(**{**defaults, **config})
+
+
+@pytest.mark.parametrize(
+    ("task", "prompts", "completions"),
+    [
+        (multiple_choice(), ["Q: 1+1?\nA:", "Q: 2+2?\nA:"], [" two", " four"]),
+        (multiple_choice(target_delimiter=""), ["Q: 1+1?\nA:", "Q: 2+2?\nA:"], ["two", "four"]),
+        (multiple_choice(description="Add. "), ["Add. Q: 1+1?\nA:", "Add. Q: 2+2?\nA:"], [" two", " four"]),
+        (multiple_choice(doc_to_target="text"), ["Q: 1+1?\nA:", "Q: 2+2?\nA:"], [" two", " four"]),
+        # Winogrande's form: the options are the contexts, the text field is the index of the right one.
+        (
+            multiple_choice(doc_to_text="answer", doc_to_target="is right"),
+            ["two", "four"],
+            [" is right", " is right"],
+        ),
+        (
+            make_task(output_type="generate_until", doc_to_target="text", generation_kwargs={"until": ["\n"]}),
+            ["Q: 1+1?\nA:", "Q: 2+2?\nA:"],
+            [" two", " four"],
+        ),
+    ],
+)
+def test_pairs_are_what_the_harness_scores(task, prompts, completions):
+    data = tasks.sft_dataset(task)
+    assert list(data["prompt"]) == prompts
+    assert list(data["completion"]) == completions
+
+
+def test_never_the_evaluated_split():
+    with pytest.raises(ValueError, match="trained on 'test', the split that it is evaluated on"):
+        tasks.sft_dataset(multiple_choice(training_split="test"))
+    validated = multiple_choice(training_split="validation")
+    tasks.sft_dataset(validated)  # the test split is evaluated, so this is fair
+    tasks.evaluate_on(validated, "validation")
+    with pytest.raises(ValueError, match="trained on 'validation', the split that it is evaluated on"):
+        tasks.sft_dataset(validated)
+
+
+def test_what_cannot_be_trained_on():
+    with pytest.raises(ValueError, match="has no training split"):
+        tasks.sft_dataset(multiple_choice(training_split=None))
+    with pytest.raises(ValueError, match="no training data can be made of output_type 'loglikelihood_rolling'"):
+        tasks.sft_dataset(make_task(output_type="loglikelihood_rolling", doc_to_target="text"))
+
+
+def test_evaluated_split():
+    task, _ = tasks.load_task("listops_short")
+    test, validation = list(task.test_docs()["expression"]), list(task.validation_docs()["expression"])
+    tasks.evaluate_on(task, "test")
+    assert list(task.eval_docs["expression"]) == test
+    tasks.evaluate_on(task, "validation")
+    assert list(task.eval_docs["expression"]) == validation
+    with pytest.raises(ValueError, match="has no test split"):
+        tasks.evaluate_on(task, "test")
+    with pytest.raises(ValueError, match="'dev' is none of"):
+        tasks.evaluate_on(task, "dev")
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_tokens_are_the_harness_tokens(tiny_llama, end):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    harness = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(tiny_llama), tokenizer=tokenizer)
+    pairs = datasets.Dataset.from_dict({"prompt": ["max(1,2)=", "Q: a?\nA:"], "completion": ["2", " b c"]})
+    for pair, row in zip(pairs, tasks.tokenize(pairs, tokenizer, end=end), strict=True):
+        context, continuation = harness._encode_pair(pair["prompt"], pair["completion"])
+        learned = [token for token, learn in zip(row["input_ids"], row["completion_mask"], strict=True) if learn]
+        assert row["input_ids"][: len(context)] == context
+        assert learned == continuation + ([tokenizer.eos_token_id] if end else [])
+
+
+def test_a_pair_without_an_answer(tiny_llama):
+    pairs = datasets.Dataset.from_dict({"prompt": ["max(1,2)="], "completion": [""]})
+    with pytest.raises(ValueError, match="no token is left to learn"):
+        tasks.tokenize(pairs, AutoTokenizer.from_pretrained(tiny_llama), end=False)
+
+
+def test_a_misspelt_task():
+    with pytest.raises(ValueError, match=r"did you mean .*'listops_short'"):
+        tasks.load_task("listops_shrot")
