@@ -64,10 +64,16 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device of the steered module and the dtype in which it computes."""
-    floating = (p.dtype for module in (target, model) for p in module.parameters() if p.is_floating_point())
-    device = next((p.device for module in (target, model) for p in module.parameters()), torch.device("cpu"))
-    return device, next(floating, torch.float32)
+    """Device on which the steered module runs and the dtype in which it computes."""
+    parameters = [p for module in (target, model) for p in module.parameters()]
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    if not parameters:
+        return torch.device("cpu"), dtype
+    device = parameters[0].device
+    if device.type == "meta":  # offloaded by accelerate, which knows where it runs
+        hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
+        device = torch.device(next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu"))
+    return device, dtype
 
 
 def keep_bnb_gradients(model: nn.Module) -> None:
