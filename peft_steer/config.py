@@ -27,8 +27,8 @@ class SteerConfig(PeftConfig):
 
     Args:
         site (`str`):
-            Where: `"block"` (the block's output, after the skip connection), `"mlp"` (the MLP's output before the skip) or
-            `"attention"` (the attention's output before the skip).
+            Where: `"block"` (the block's output, after the skip connection), `"mlp"` (the MLP's output before the
+            skip) or `"attention"` (the attention's output before the skip).
         kind (`str`):
             What: `"vector"` (`dh = v`), `"linear"` (`dh = W_up W_down h`, with `use_bias` `+ b`), `"nonlinear"`
             (`dh = W_up act(W_down h)`) or `"loreft"` (`dh = R^T (W h + b - R h)` with orthonormal rows in `R`).
@@ -43,8 +43,8 @@ class SteerConfig(PeftConfig):
         positions (`str`):
             Which tokens are edited; `"all"`.
         target_modules (`Union[list[str], str]`, *optional*):
-            The names of the blocks to steer: a list of names or suffixes, or a regular expression. By default every block of
-            the text decoder, and of the encoder if the model has both.
+            The names of the blocks to steer: a list of names or suffixes, or a regular expression. By default every
+            block of the text decoder, and of the encoder if the model has both.
         exclude_modules (`Union[list[str], str]`, *optional*):
             The names of blocks not to steer, matched in the same way.
         layers_to_transform (`Union[list[int], int]`, *optional*):
@@ -58,21 +58,25 @@ class SteerConfig(PeftConfig):
         init_weights (`bool`):
             `True` starts at `dh = 0`. `False` starts at random, for tests.
         hidden_size (`int`, *optional*), num_blocks (`int`, *optional*):
-            Recorded when the adapter is created, so that an adapter is never loaded onto a model of another width or depth.
+            Recorded when the adapter is created, so that an adapter is never loaded onto a model of another width or
+            depth.
     """
 
     site: str = field(default="block", metadata={"help": "Where: 'block', 'mlp' or 'attention' (their outputs)."})
     kind: str = field(default="linear", metadata={"help": "What: 'vector', 'linear', 'nonlinear' or 'loreft'."})
     r: int = field(default=8, metadata={"help": "Rank of the edit."})
     activation: str | None = field(
-        default=None, metadata={"help": "Nonlinearity of kind='nonlinear': 'silu' (default), 'relu', 'gelu' or 'tanh'."}
+        default=None,
+        metadata={"help": "Nonlinearity of kind='nonlinear': 'silu' (default), 'relu', 'gelu' or 'tanh'."},
     )
     use_bias: bool = field(default=False, metadata={"help": "Whether kind='linear' has a bias b."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
     positions: str = field(default="all", metadata={"help": "Which tokens are edited: 'all'."})
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Names of the blocks to steer (suffixes or a regular expression); default: all text blocks."},
+        metadata={
+            "help": "Names of the blocks to steer (suffixes or a regular expression); default: all text blocks."
+        },
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of blocks not to steer (suffixes or a regular expression)."}
@@ -89,13 +93,16 @@ class SteerConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules apart from the adapter to be trained and saved."}
     )
-    init_weights: bool = field(default=True, metadata={"help": "True: start at dh = 0. False: start at random (tests)."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: start at dh = 0. False: start at random (tests)."}
+    )
     hidden_size: int | None = field(default=None, metadata={"help": "Recorded: width of the model."})
     num_blocks: int | None = field(default=None, metadata={"help": "Recorded: number of blocks of the model."})
 
     @classmethod
     def from_peft_type(cls, **kwargs):
-        """As PEFT's, but a preset's own `from_pretrained` returns the preset's class: all presets share one PEFT type."""
+        """As PEFT's, but a preset's own `from_pretrained` returns the preset's class: all presets share one PEFT
+        type."""
         if kwargs.get("peft_type") == STEER:
             del kwargs["peft_type"]
         return super().from_peft_type(**kwargs)
@@ -126,18 +133,23 @@ class SteerConfig(PeftConfig):
         if self.kind == "vector" and self.rank_pattern:
             raise ValueError("`rank_pattern` contradicts `kind='vector'`: a fixed vector has no rank.")
         if self.target_modules == "all-linear":
-            raise ValueError("`target_modules='all-linear'` names linears; steering targets blocks. Leave it unset for all.")
+            raise ValueError(
+                "`target_modules='all-linear'` names linears; steering targets blocks. Leave it unset for all."
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression.")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` needs `layers_to_transform`: it names the stack that the indices refer to.")
+            raise ValueError(
+                "`layers_pattern` needs `layers_to_transform`: it names the stack that the indices refer to."
+            )
 
 
 @dataclass
 class PostBlockSteerConfig(SteerConfig):
     """
-    [`SteerConfig`] with the paper's method as default: post-block steering, `dh = W_up silu(W_down h)` at rank 8 at every block's
-    output (arXiv 2603.00425). The paper found the linear kind better on 1B models, this one on 4B and larger.
+    [`SteerConfig`] with the paper's method as default: post-block steering, `dh = W_up silu(W_down h)` at rank 8 at
+    every block's output (arXiv 2603.00425). The paper found the linear kind better on 1B models, this one on 4B and
+    larger.
     """
 
     kind: str = field(default="nonlinear", metadata={"help": "What: 'vector', 'linear', 'nonlinear' or 'loreft'."})
@@ -146,8 +158,8 @@ class PostBlockSteerConfig(SteerConfig):
 @dataclass
 class LoreftConfig(SteerConfig):
     """
-    [`SteerConfig`] with LoReFT as default (arXiv 2404.03592, equation 2), at the MLP's output as arXiv 2603.00425 states it, on
-    every token. `site="block"` is where the method's authors apply it.
+    [`SteerConfig`] with LoReFT as default (arXiv 2404.03592, equation 2), at the MLP's output as arXiv 2603.00425
+    states it, on every token. `site="block"` is where the method's authors apply it.
     """
 
     site: str = field(default="mlp", metadata={"help": "Where: 'block', 'mlp' or 'attention' (their outputs)."})

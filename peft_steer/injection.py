@@ -39,7 +39,8 @@ def check_ranks(config: SteerConfig, names) -> None:
 
 
 def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
-    """Write the model's width and depth into `config`, or raise `ValueError` if `config` comes with an adapter for others."""
+    """Write the model's width and depth into `config`, or raise `ValueError` if `config` comes with an adapter for
+    others."""
     found = (hidden_size(model, block.name), len(model.get_submodule(block.stack)))
     if config._made_for not in ((None, None), found):
         raise ValueError(
@@ -51,7 +52,8 @@ def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Raise `ValueError` if the name is a part of a module's path: PEFT tells adapters apart by `.name.` in the key."""
+    """Raise `ValueError` if the name is a part of a module's path: PEFT tells adapters apart by `.name.` in the
+    key."""
     parts = {CHILD, "steer_edit"}
     for name, _ in model.named_modules():
         if f".{CHILD}." not in name:
@@ -72,7 +74,9 @@ def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device,
     device = parameters[0].device
     if device.type == "meta":  # offloaded by accelerate, which knows where it runs
         hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
-        device = torch.device(next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu"))
+        device = torch.device(
+            next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
+        )
     return device, dtype
 
 

@@ -1,8 +1,9 @@
 """What is added to a hidden state: the equations of the paper, one small module each.
 
-Notation (arXiv 2603.00425, section 3): a hidden state `h` of width `d` is replaced by `h + scale * dh`. Every module here is
-called as `edit(h, scale)` and returns the steered state; `edit.delta(h)` is the bare equation for `dh`. Parameters may have
-another floating dtype than `h`: they are cast to `h`'s on use, never the other way round, so no copy of `h` is made.
+Notation (arXiv 2603.00425, section 3): a hidden state `h` of width `d` is replaced by `h + scale * dh`. Every module
+here is called as `edit(h, scale)` and returns the steered state; `edit.delta(h)` is the bare equation for `dh`.
+Parameters may have another floating dtype than `h`: they are cast to `h`'s on use, never the other way round, so no
+copy of `h` is made.
 """
 
 import math
@@ -45,9 +46,10 @@ def _plain_edit(h, W_down, W_up, c, b, scale, activation):
 class _LowRankEdit(torch.autograd.Function):
     """`out = h + scale * (W_up act(W_down h + c) + b)`, keeping `out` for backward instead of `h`.
 
-    A forward hook runs outside the block's gradient checkpoint. `h`, kept for backward, would be kept for this edit alone;
-    `out` is the input of the next block, which keeps it anyway. `W_down`'s gradient needs `h` only in the product
-    `gz^T h`, and with `h = out - scale * (W_up a + b)` that is `gz^T out` minus terms of size `r x r`: `h` is never rebuilt.
+    A forward hook runs outside the block's gradient checkpoint. `h`, kept for backward, would be kept for this edit
+    alone; `out` is the input of the next block, which keeps it anyway. `W_down`'s gradient needs `h` only in the
+    product `gz^T h`, and with `h = out - scale * (W_up a + b)` that is `gz^T out` minus terms of size `r x r`: `h` is
+    never rebuilt.
     """
 
     @staticmethod
@@ -132,8 +134,8 @@ class Intervention(nn.Module):
         return torch.add(h, self.delta(h), alpha=scale)
 
     def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-        """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or None
-        if the edit is no affine function of `h`."""
+        """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or
+        None if the edit is no affine function of `h`."""
         return None
 
 
@@ -216,8 +218,8 @@ class Loreft(Intervention):
     `R = L^-1 V` with `L L^T = V V^T` (Cholesky, in float32 or better): the rows of `R` are orthonormal to rounding
     whatever the optimizer, a cast or a file did to `V`.
 
-    At the start `W = R`, so `dh = 0`. The rows of `R` then have disjoint random supports and entries `+-2^-k`: such a matrix is
-    orthonormal exactly, in every dtype, so that casting the adapter does not disturb `dh = 0` either.
+    At the start `W = R`, so `dh = 0`. The rows of `R` then have disjoint random supports and entries `+-2^-k`: such a
+    matrix is orthonormal exactly, in every dtype, so that casting the adapter does not disturb `dh = 0` either.
     """
 
     def __init__(self, d: int, r: int, init_weights: bool = True, device=None, dtype=None):

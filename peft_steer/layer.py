@@ -12,7 +12,8 @@ CHILD = "steering"  # must not contain the prefix `steer_`, or PEFT takes the co
 
 
 def steer_output(module: nn.Module, args: tuple, output):
-    """Forward hook: replace the hidden state that `module` returns (a tensor, or a tuple's first item) by the steered one.
+    """Forward hook: replace the hidden state that `module` returns (a tensor, or a tuple's first item) by the steered
+    one.
 
     It is a module-level function, so that a steered model can be copied and pickled.
     """
@@ -22,8 +23,9 @@ def steer_output(module: nn.Module, args: tuple, output):
     if isinstance(output, tuple):
         return (layer(output[0]), *output[1:])
     raise TypeError(
-        f"{type(module).__name__} returns {type(output).__name__}; only a tensor or a tuple that begins with one can be "
-        "steered. Choose another `site` or `target_modules`."
+       
+        f"{type(module).__name__}
+        returns {type(output).__name__}; only a tensor or a tuple that begins with one can be " "steered. Choose another `site` or `target_modules`."
     )
 
 
@@ -122,7 +124,9 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def _check_not_merged(self, what: str) -> None:
         if self.merged_adapters:
-            raise ValueError(f"`{what}` would not reach the merged adapters {self.merged_adapters}; unmerge them first.")
+            raise ValueError(
+                f"`{what}` would not reach the merged adapters {self.merged_adapters}; unmerge them first."
+            )
 
     # --- merging
 
@@ -150,7 +154,9 @@ class SteerLayer(nn.Module, BaseTunerLayer):
                 new_b += self.scaling[name] * v
                 has_bias = True
         self._merge_backup = (linear, *original)
-        linear.weight = nn.Parameter((new_W.t() if transposed else new_W).contiguous().to(weight.dtype), requires_grad=False)
+        linear.weight = nn.Parameter(
+            (new_W.t() if transposed else new_W).contiguous().to(weight.dtype), requires_grad=False
+        )
         if has_bias:
             linear.bias = nn.Parameter(new_b.to(weight.dtype), requires_grad=False)
         self.merged_adapters = self.merged_adapters + adapter_names

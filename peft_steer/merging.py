@@ -1,6 +1,5 @@
 """When an edit can be folded into the base's weights exactly, and the linear layer that it is folded into."""
 
-import math
 from types import MethodType
 
 import torch
@@ -19,9 +18,9 @@ def plan_merge(
 ) -> list[tuple[SteerLayer, nn.Module, list[str]]]:
     """The layers to merge, each with the linear layer that takes its edits and the names of the adapters.
 
-    A fixed vector, and a linear or LoReFT edit of an MLP's or attention's output, is an affine function of what one linear layer
-    returns, unless a norm stands between them. Nothing else is, and a merge that changed nothing would be worse than none:
-    generation from "merged" weights would come from the base model.
+    A fixed vector, and a linear or LoReFT edit of an MLP's or attention's output, is an affine function of what one
+    linear layer returns, unless a norm stands between them. Nothing else is, and a merge that changed nothing would
+    be worse than none: generation from "merged" weights would come from the base model.
 
     Args:
         model: the model that holds the layers.
@@ -52,8 +51,10 @@ def plan_merge(
 def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Block) -> nn.Module:
     def refuse(reason: str):
         raise ValueError(
-            f"The adapter at {site_name!r} (site={config.site!r}, kind={config.kind!r}) cannot be merged: {reason}. Keep it "
-            "unmerged: `PeftModel.from_pretrained` runs it at nearly the base model's speed, and `unload()` removes it."
+           
+           
+            f"The adapter at {site_name!r} (site={config.site!r},
+            kind={config.kind!r}) cannot be merged: {reason}. Keep it " "unmerged: `PeftModel.from_pretrained` runs it at nearly the base model's speed, and `unload()` removes it."
         )
 
     if config.kind == "nonlinear":
@@ -79,6 +80,11 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
 def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) -> bool:
     """Whether something added to `linear`'s output appears in `steered`'s output as it is: tried, on the model's dummy input, since no
     attribute tells a block that normalizes after the sum (BERT, BART) from one that does not."""
+    if not hasattr(model, "dummy_inputs"):
+        raise ValueError(
+            f"Whether merging is exact is tried on `dummy_inputs`, which {type(model).__name__} does not have; define it as "
+            "transformers' models do (a dictionary of forward arguments)."
+        )
     outputs, added = [], None
 
     def add(module, args, output):
@@ -96,7 +102,9 @@ def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) 
             layer._disable_adapters = True
         dummy = {name: x.to(linear.weight.device) for name, x in model.dummy_inputs.items()}
         model(**dummy)
-        added = outputs[0].std().to(linear.weight.dtype) * torch.linspace(-1, 1, outputs[0].shape[-1]).to(linear.weight)
+        added = outputs[0].std().to(linear.weight.dtype) * torch.linspace(-1, 1, outputs[0].shape[-1]).to(
+            linear.weight
+        )
         model(**dummy)
     finally:
         for handle in handles:
@@ -105,8 +113,9 @@ def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) 
             layer._disable_adapters = False
         for module, mode in modes.items():
             module.training = mode
-    error = outputs[1] - outputs[0] - added
-    return bool(error.norm() < 0.05 * added.double().norm() * math.sqrt(error[..., 0].numel()))
+    moved = outputs[1] - outputs[0]
+    tolerance = 1e-3 if linear.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((moved - added).norm() < tolerance * moved.norm())
 
 
 def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from functools import partial
+from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -29,8 +30,9 @@ MARKER = f".{CHILD}.steer_edit"
 
 class SteerModel(BaseTuner):
     """
-    Edits hidden states at one place of every chosen block, as [`SteerConfig`] says ("Weight Updates as Activation Shifts: A Principled
-    Framework for Steering", arXiv 2603.00425). The base model's weights are never touched, so it may be quantized in any way.
+    Edits hidden states at one place of every chosen block, as [`SteerConfig`] says ("Weight Updates as Activation
+    Shifts: A Principled Framework for Steering", arXiv 2603.00425). The base model's weights are never touched, so it
+    may be quantized in any way.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to be adapted.
@@ -55,7 +57,7 @@ class SteerModel(BaseTuner):
 
     prefix: str = "steer_"
     tuner_layer_cls = SteerLayer
-    target_module_mapping: dict = {}
+    target_module_mapping: ClassVar[dict] = {}
 
     # --- injection
 
@@ -69,7 +71,9 @@ class SteerModel(BaseTuner):
     ) -> None:
         check_adapter_name(model, adapter_name)
         if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
-            state_dict = {key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): x for key, x in state_dict.items()}
+            state_dict = {
+                key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): x for key, x in state_dict.items()
+            }
         super().inject_adapter(
             model,
             adapter_name,
@@ -118,11 +122,14 @@ class SteerModel(BaseTuner):
         inputs = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
         if inputs is not None and len(inputs) != len(adapter_names):
             raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
-                f"{len(inputs)} respectively."
+               
+                f"Length of `adapter_names` should
+                be the same as the number of inputs, but got {len(adapter_names)} and " f"{len(inputs)} respectively."
             )
         handles = [
-            module.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names=adapter_names), with_kwargs=True)
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names), with_kwargs=True
+            )
             for module in self.modules()
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]

@@ -6,8 +6,8 @@ from peft.utils import PeftType, register_peft_method
 def add_peft_type(name: str) -> PeftType:
     """Add a member to PEFT's `PeftType` enum (a `str` enum, which is closed by design) and return it.
 
-    PEFT has no registration for methods outside its own source: `register_peft_method` refuses a name that the enum lacks.
-    Calling this again with the same name returns the existing member.
+    PEFT has no registration for methods outside its own source: `register_peft_method` refuses a name that the enum
+    lacks. Calling this again with the same name returns the existing member.
     """
     if name in PeftType.__members__:
         return PeftType[name]

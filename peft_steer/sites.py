@@ -1,14 +1,14 @@
 """Where an edit is made: the blocks of any transformer, and the place inside a block, found by structure.
 
-A *block* is an element of the stack: the `nn.ModuleList` nearest to the root of the (text) decoder or encoder. Inside a block
-the paper (arXiv 2603.00425, figure 1) distinguishes three places, each of them the output of a module:
+A *block* is an element of the stack: the `nn.ModuleList` nearest to the root of the (text) decoder or encoder. Inside
+a block the paper (arXiv 2603.00425, figure 1) distinguishes three places, each of them the output of a module:
 
 - `block`: the block's output, after the skip connection (post-block);
 - `mlp`: what the MLP adds to the skip connection (post-MLP);
 - `attention`: what the attention adds to the skip connection (pre-MLP).
 
-Where an architecture normalizes an output before adding it (Gemma 2), that norm's output is what is added. Names of attributes
-such as `self_attn` or `down_proj` are looked for; names of models never are.
+Where an architecture normalizes an output before adding it (Gemma 2), that norm's output is what is added. Names of
+attributes such as `self_attn` or `down_proj` are looked for; names of models never are.
 """
 
 import inspect
@@ -24,7 +24,19 @@ SITES = ("block", "mlp", "attention")
 
 _ATTENTION = re.compile(r"(self_?|linear_)?(attn|attention)", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn?|feed_?forward|DenseReluDense|(block_sparse_)?moe", re.IGNORECASE)
-_OUTPUT_LINEAR = ("down_proj", "o_proj", "c_proj", "out_proj", "fc2", "dense_4h_to_h", "dense", "wo", "o", "w2")
+_OUTPUT_LINEAR = (
+    "down_proj",
+    "o_proj",
+    "c_proj",
+    "out_proj",
+    "fc2",
+    "fc_out",
+    "dense_4h_to_h",
+    "dense",
+    "wo",
+    "o",
+    "w2",
+)
 _HOW_TO_NAME = (
     "Set `target_modules` to the names of the blocks (the modules in the model's `nn.ModuleList` of layers, as "
     "`model.named_modules()` prints them), as a list of suffixes or a regular expression."
@@ -132,8 +144,8 @@ def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
 
 
 def output_linear(module: nn.Module) -> str | None:
-    """Name of the linear layer whose output is `module`'s output ("" if it is `module` itself), or None if there is no such
-    single layer (a mixture of experts)."""
+    """Name of the linear layer whose output is `module`'s output ("" if it is `module` itself), or None if there is
+    no such single layer (a mixture of experts)."""
     if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
         return ""
     found = [name for name, _ in module.named_children() if name in _OUTPUT_LINEAR]
@@ -153,7 +165,9 @@ def hidden_size(model: nn.Module, name: str) -> int:
         if hasattr(config, "hidden_size"):
             return config.hidden_size
         if not name:
-            raise ValueError(f"The hidden size of {type(model).__name__} is unknown: its `config` has no `hidden_size`.")
+            raise ValueError(
+                f"The hidden size of {type(model).__name__} is unknown: its `config` has no `hidden_size`."
+            )
         name = name.rpartition(".")[0]
 
 
@@ -189,8 +203,9 @@ def _targeted(model: nn.Module, target_modules) -> list[Block]:
     wrong = [name for name in matched if name not in names]
     if wrong:
         raise ValueError(
-            f"`target_modules={target_modules!r}` matches {wrong[0]!r}, which is no block. The place inside a block is "
-            f"chosen by `site`. {_HOW_TO_NAME}"
+           
+            f"`target_modules={target_modules!r}`
+            matches {wrong[0]!r}, which is no block. The place inside a block is " f"chosen by `site`. {_HOW_TO_NAME}"
         )
     return [block for block in blocks if block.name in set(matched)]
 

@@ -76,7 +76,11 @@ def test_save_and_load(tmp_path, kind, dtype, autocast, low_cpu_mem_usage):
     randomize(model, std=0.5)
     assert {p.dtype for p in adapter_state(model).values()} == {torch.float32 if autocast else dtype}
     model.eval().save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     loaded = PeftModel.from_pretrained(
         make(dtype=dtype), tmp_path, autocast_adapter_dtype=autocast, low_cpu_mem_usage=low_cpu_mem_usage
     )
@@ -149,7 +153,9 @@ def test_transformers_own_adapter_methods(tmp_path):
     assert torch.equal(logits(model), one)
 
 
-@pytest.mark.parametrize(("damage", "message"), [("missing", "lacks"), ("extra", "extra"), ("nan", "finite"), ("shape", "shape")])
+@pytest.mark.parametrize(
+    ("damage", "message"), [("missing", "lacks"), ("extra", "extra"), ("nan", "finite"), ("shape", "shape")]
+)
 def test_a_damaged_checkpoint_is_refused(damage, message):
     state = {k: v.clone() for k, v in get_peft_model_state_dict(steered()).items()}
     key = next(iter(state))
@@ -215,7 +221,10 @@ def test_autocast_can_be_left_off():
 
 
 def layer_indices(**config):
-    return [int(name.split(".")[2]) for name in steer_layers(get_peft_model(make(), SteerConfig(r=4, **config)).get_base_model())]
+    return [
+        int(name.split(".")[2])
+        for name in steer_layers(get_peft_model(make(), SteerConfig(r=4, **config)).get_base_model())
+    ]
 
 
 @pytest.mark.parametrize(
@@ -385,7 +394,11 @@ def test_status(capsys):
     model = steered()
     model.add_adapter("other", SteerConfig(kind="vector", layers_to_transform=[2]))
     status = get_model_status(model)
-    assert (status.adapter_model_type, status.num_adapter_layers, status.active_adapters) == ("SteerModel", 3, ["default"])
+    assert (status.adapter_model_type, status.num_adapter_layers, status.active_adapters) == (
+        "SteerModel",
+        3,
+        ["default"],
+    )
     assert (status.enabled, status.merged_adapters, status.available_adapters) == (True, [], ["default", "other"])
     assert status.trainable_params == 3 * 2 * 4 * 32
     layers = get_layer_status(model)

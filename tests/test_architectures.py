@@ -31,8 +31,8 @@ def test_identity_at_the_start(architecture, site):
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_model_computes_the_equation(architecture, site, kind):
-    """Each steered module's output is what the block (or the skip connection) receives plus the equation, and nothing else differs:
-    the base model with a plain hook that adds the reference gives the same logits."""
+    """Each steered module's output is what the block (or the skip connection) receives plus the equation, and nothing
+    else differs: the base model with a plain hook that adds the reference gives the same logits."""
     x = inputs(architecture)
     model = get_peft_model(make(architecture), SteerConfig(site=site, r=4, scale=0.5, **KINDS[kind])).eval()
     randomize(model, std=1.0)
@@ -60,8 +60,8 @@ def test_the_model_computes_the_equation(architecture, site, kind):
 @pytest.mark.parametrize("site", ["mlp", "attention"])
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a not in ("bert", "t5", "opt")])
 def test_the_site_is_what_is_added_to_the_skip_connection(architecture, site):
-    """A constant added at the last block's MLP or attention arrives at the block's output as it is: at the MLP in full; at the
-    attention in full where the MLP does not see it, so there the MLP is silenced."""
+    """A constant added at the last block's MLP or attention arrives at the block's output as it is: at the MLP in
+    full; at the attention in full where the MLP does not see it, so there the MLP is silenced."""
     model = make(architecture)
     x, v = inputs(architecture), torch.randn(32, generator=torch.Generator().manual_seed(3))
     stack = STACKS.get(architecture, ["model.layers"])[0]
@@ -138,7 +138,9 @@ def test_generation(architecture, site):
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), x], dim=1)
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), mask], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    extra = {} if architecture in ("opt", "bloom") else {"position_ids": positions}  # those derive positions from the mask
+    extra = (
+        {} if architecture in ("opt", "bloom") else {"position_ids": positions}
+    )  # those derive positions from the mask
     found = model(input_ids=padded, attention_mask=mask, **extra).logits[:, 3:]
     torch.testing.assert_close(found, model(input_ids=x).logits, rtol=1e-3, atol=1e-4)
 

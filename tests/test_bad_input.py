@@ -20,7 +20,10 @@ from peft_steer import LoreftConfig, PostBlockSteerConfig, SteerConfig
         ({"kind": "cubic"}, "`kind='cubic'` is unknown; choose one of 'vector', 'linear', 'nonlinear', 'loreft'"),
         ({"site": "postblock"}, "`site='postblock'` is unknown; choose one of 'block', 'mlp', 'attention'"),
         ({"positions": "first"}, "`positions='first'` is unknown; choose one of 'all'"),
-        ({"kind": "nonlinear", "activation": "swish"}, "`activation='swish'` is unknown; choose one of 'silu', 'relu'"),
+        (
+            {"kind": "nonlinear", "activation": "swish"},
+            "`activation='swish'` is unknown; choose one of 'silu', 'relu'",
+        ),
         ({"kind": "linear", "activation": "silu"}, "`activation='silu'` contradicts `kind='linear'`"),
         ({"kind": "vector", "use_bias": True}, "`use_bias=True` contradicts `kind='vector'`"),
         ({"kind": "nonlinear", "use_bias": True}, "`use_bias=True` contradicts `kind='nonlinear'`"),
@@ -83,13 +86,15 @@ def test_model_without_blocks():
         def forward(self, x):
             return self.out(self.hidden(x))
 
-    with pytest.raises(ValueError, match="No stack of transformer blocks was recognised in Perceptron. Set `target_modules`"):
+    with pytest.raises(
+        ValueError, match=r"No stack of transformer blocks was recognised in Perceptron\. Set `target_modules`"
+    ):
         get_peft_model(Perceptron(), SteerConfig())
 
 
 def test_block_without_the_site():
     model = tf.MambaForCausalLM(tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99, state_size=4))
-    with pytest.raises(ValueError, match="No mlp was recognised in block 'backbone.layers.0'"):
+    with pytest.raises(ValueError, match=r"No mlp was recognised in block 'backbone\.layers\.0'"):
         get_peft_model(model, SteerConfig(site="mlp"))
     get_peft_model(model, SteerConfig(site="block"))
 
@@ -111,7 +116,11 @@ def test_output_that_is_no_tensor():
 
 
 def test_presets():
-    assert (PostBlockSteerConfig().site, PostBlockSteerConfig().kind, PostBlockSteerConfig().activation) == ("block", "nonlinear", "silu")
+    assert (PostBlockSteerConfig().site, PostBlockSteerConfig().kind, PostBlockSteerConfig().activation) == (
+        "block",
+        "nonlinear",
+        "silu",
+    )
     assert (PostBlockSteerConfig().r, LoreftConfig().kind, LoreftConfig().site) == (8, "loreft", "mlp")
     assert LoreftConfig(site="block").site == "block"
     assert PostBlockSteerConfig(kind="linear").activation is None

@@ -93,7 +93,9 @@ def test_an_adapter_moves_to_another_precision(tmp_path, checkpoint, base):
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_kbit_preparation_and_checkpointing(checkpoint, base):
-    model = prepare_model_for_kbit_training(load(checkpoint, base), gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = prepare_model_for_kbit_training(
+        load(checkpoint, base), gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     model = get_peft_model(model, SteerConfig(kind="nonlinear", task_type="CAUSAL_LM"))
     losses = train(model)
     assert losses[-1] < losses[0] - 0.01
@@ -109,7 +111,8 @@ def test_merging_into_quantized_weights_is_refused(checkpoint, base):
 @pytest.mark.parametrize("evaluate", ["before wrapping", "after wrapping"])
 @pytest.mark.parametrize("base", ["nf4", "nf4_double"])
 def test_gradients_after_an_evaluation(checkpoint, base, evaluate):
-    """bitsandbytes on CPUs with AVX512-BF16 packs 4-bit weights in the first evaluation and loses gradients from then on."""
+    """bitsandbytes on CPUs with AVX512-BF16 packs 4-bit weights in the first evaluation and loses gradients from then
+    on."""
 
     def gradients(evaluated):
         model = load(checkpoint, base)

@@ -1,4 +1,5 @@
-"""The equations, against the same equations written plainly in float64; their gradients; what they keep for backward."""
+"""The equations, against the same equations written plainly in float64; their gradients; what they keep for
+backward."""
 
 import pytest
 import torch
@@ -66,8 +67,8 @@ def test_gradcheck(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vector"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_gradients_are_those_of_the_plain_equation(kind, dtype, tolerance):
-    """Every parameter's and the input's gradient, against the unfused equation in float64; hidden states much larger than the edit,
-    as in a real model."""
+    """Every parameter's and the input's gradient, against the unfused equation in float64; hidden states much larger
+    than the edit, as in a real model."""
     h = (8 * torch.randn(64, D, generator=torch.Generator().manual_seed(1))).to(dtype)
     grad = torch.randn(64, D, generator=torch.Generator().manual_seed(2)).to(dtype)
 
@@ -116,7 +117,8 @@ def test_autocast_does_not_change_the_dtype_of_the_hidden_state(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loreft_stays_orthonormal(dtype):
-    """After training steps in its own dtype, with weight decay and a large rate, and after a round trip through bf16."""
+    """After training steps in its own dtype, with weight decay and a large rate, and after a round trip through
+    bf16."""
     torch.manual_seed(0)
     module = build_intervention(SteerConfig(kind="loreft"), 64, 8, dtype=dtype)
     start = module.R.clone()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURES, KINDS, SMALL, SITES, inputs, make, randomize, steer_layers
+from tiny import ARCHITECTURES, KINDS, SITES, SMALL, inputs, make, randomize, steer_layers
 
 from peft_steer import SteerConfig
 
@@ -75,7 +75,9 @@ def test_merging(tmp_path, architecture, site, kind):
         torch.testing.assert_close(logits(loaded, architecture), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "saved"), [("llama", False), ("qwen3", False), ("gpt2", True), ("opt", True)])
+@pytest.mark.parametrize(
+    ("architecture", "saved"), [("llama", False), ("qwen3", False), ("gpt2", True), ("opt", True)]
+)
 def test_a_bias_that_the_configuration_does_not_have_is_not_lost_silently(tmp_path, architecture, saved):
     merged = steered(architecture, kind="vector").merge_and_unload()
     if saved:
@@ -127,7 +129,9 @@ def test_unloading_with_one_of_two_merged():
     randomize(model, std=0.5)
     expected = logits(model)
     model.base_model.set_adapter(["default", "other"])
-    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["default"])), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        logits(model.merge_and_unload(adapter_names=["default"])), expected, rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -165,7 +169,7 @@ def test_safe_merge():
     layer = next(iter(steer_layers(model.get_base_model()).values()))
     with torch.no_grad():
         layer.steer_edit["default"].W_up[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
         model.merge_adapter(safe_merge=True)
     assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items() if "steer_edit" not in k)
 

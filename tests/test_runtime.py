@@ -1,4 +1,5 @@
-"""The tuners under the machinery that people run models with: compile, static caches, accelerate, continuous batching, TRL."""
+"""The tuners under the machinery that people run models with: compile, static caches, accelerate, continuous
+batching, TRL."""
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def test_static_cache(site):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("site", SITES)
 def test_offloaded(site, when):
-    """accelerate replaces every module's `forward`; between calls the weights, the adapter's too, lie on the meta device."""
+    """accelerate replaces every module's `forward`; between calls the weights, the adapter's too, lie on the meta
+    device."""
     expected = logits(steered(site=site))
     model = make()
     if when == "before":
@@ -99,8 +101,16 @@ def data():
 
 
 def sft(tiny_llama, data, output, resume=None, model=None, peft_config=None, **options):
-    settings = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 0.01, "per_device_train_batch_size": 4}
-    args = SFTConfig(output_dir=str(output), report_to="none", use_cpu=True, seed=3, bf16=False, **{**settings, **options})
+    settings = {
+        "max_steps": 6,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 4,
+    }
+    args = SFTConfig(
+        output_dir=str(output), report_to="none", use_cpu=True, seed=3, bf16=False, **{**settings, **options}
+    )
     trainer = SFTTrainer(
         model=model or AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32"),
         args=args,
@@ -125,7 +135,11 @@ def test_sft_and_resume(tmp_path, tiny_llama, data, kind):
     losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
     resumed = sft(
-        tiny_llama, data, tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"), peft_config=SteerConfig(**config)
+        tiny_llama,
+        data,
+        tmp_path / "resumed",
+        str(tmp_path / "whole" / "checkpoint-3"),
+        peft_config=SteerConfig(**config),
     )
     expected = adapter(whole)
     assert all(p.abs().sum() > 0 for p in expected.values())
@@ -164,7 +178,8 @@ def test_sft_options(tmp_path, tiny_llama, data, options):
 def test_dpo(tmp_path, tiny_llama, data):
     """The reference policy is the model with the adapter off."""
     pairs = data.map(lambda row: {"chosen": row["completion"], "rejected": "x"}, remove_columns="completion")
-    args = DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_steps=6, logging_steps=1,
+    args = DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_steps=6,
+    logging_steps=1,
                      learning_rate=0.01, per_device_train_batch_size=4, save_strategy="no")  # fmt: skip
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32"),

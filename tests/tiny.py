@@ -22,15 +22,32 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GPT2 = {"vocab_size": VOCAB, "n_embd": D, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": D,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MOE = {"num_experts_per_tok": 2}
 
 
 def _vision_language():
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
     return tf.LlavaForConditionalGeneration(
         tf.LlavaConfig(
-            vision_config=tf.CLIPVisionConfig(**vision), text_config=tf.LlamaConfig(**SMALL), image_token_index=VOCAB - 1
+            vision_config=tf.CLIPVisionConfig(**vision),
+            text_config=tf.LlamaConfig(**SMALL),
+            image_token_index=VOCAB - 1,
         )
     )
 
@@ -53,13 +70,23 @@ ARCHITECTURES = {
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)),
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(
-            vocab_size=VOCAB, hidden_size=D, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=64, word_embed_proj_dim=D, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=VOCAB,
+            hidden_size=D,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=D,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    ),  # fmt: skip
+    ),
     "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"})),
     "bloom": lambda: tf.BloomForCausalLM(
-        tf.BloomConfig(vocab_size=VOCAB, hidden_size=D, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        tf.BloomConfig(
+            vocab_size=VOCAB, hidden_size=D, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        )
     ),
     "llava": _vision_language,
     "bert": lambda: tf.BertForMaskedLM(
@@ -67,14 +94,30 @@ ARCHITECTURES = {
     ),
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(
-            vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0,
-            pad_token_id=0, eos_token_id=2,
+            vocab_size=VOCAB,
+            d_model=D,
+            d_kv=8,
+            d_ff=48,
+            num_layers=3,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=2,
         )
-    ),  # fmt: skip
+    ),
 }
 DECODERS = [name for name in ARCHITECTURES if name not in ("bert", "t5")]
-STACKS = {"bert": ["bert.encoder.layer"], "t5": ["encoder.block", "decoder.block"], "llava": ["model.language_model.layers"]}
-STACKS |= {"gpt2": ["transformer.h"], "bloom": ["transformer.h"], "opt": ["model.decoder.layers"], "gpt_neox": ["gpt_neox.layers"]}
+STACKS = {
+    "bert": ["bert.encoder.layer"],
+    "t5": ["encoder.block", "decoder.block"],
+    "llava": ["model.language_model.layers"],
+}
+STACKS |= {
+    "gpt2": ["transformer.h"],
+    "bloom": ["transformer.h"],
+    "opt": ["model.decoder.layers"],
+    "gpt_neox": ["gpt_neox.layers"],
+}
 
 # every kind, as arguments of SteerConfig
 KINDS = {
@@ -91,8 +134,8 @@ SITES = ("block", "mlp", "attention")
 
 
 def make(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A tiny frozen model in evaluation mode, the same for the same arguments. (T5's attention takes another kernel, with other
-    rounding, where its position bias requires gradients.)"""
+    """A tiny frozen model in evaluation mode, the same for the same arguments. (T5's attention takes another kernel,
+    with other rounding, where its position bias requires gradients.)"""
     torch.manual_seed(seed)
     return ARCHITECTURES[architecture]().to(dtype).eval().requires_grad_(False)
 
