@@ -31,6 +31,7 @@ def tiny_llama(tmp_path_factory) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
+        initializer_range=0.2,  # large enough for logits that training can move
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
