@@ -54,14 +54,14 @@ def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """Raise `ValueError` if the name is a part of a module's path: PEFT tells adapters apart by `.name.` in the
     key."""
-    parts = {CHILD, "steer_edit"}
+    parts = {CHILD, "steer_edit", "lora_steer_edit"}
     for name, _ in model.named_modules():
         if f".{CHILD}." not in name:
             parts.update(name.split("."))
     if adapter_name in parts:
         raise ValueError(
-            f"`adapter_name={adapter_name!r}` is also the name of a module in {type(model).__name__}; PEFT could not save the "
-            "adapter. Choose another name."
+            f"`adapter_name={adapter_name!r}` is also the name of a module in {type(model).__name__}; PEFT could not "
+            "save the adapter. Choose another name."
         )
 
 
@@ -83,9 +83,9 @@ def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device,
 def keep_bnb_gradients(model: nn.Module) -> None:
     """Turn off a path of bitsandbytes' `Linear4bit` that loses gradients.
 
-    On CPUs with AVX512-BF16, bitsandbytes (seen in 0.50.2) packs the weight in the first evaluation and from then on computes
-    outside autograd, in later training too, so whatever lies below gets wrong gradients or none. The packing is undone by taking
-    the layer's state dict.
+    On CPUs with AVX512-BF16, bitsandbytes (seen in 0.50.2) packs the weight in the first evaluation and from then on
+    computes outside autograd, in later training too, so whatever lies below gets wrong gradients or none. The packing
+    is undone by taking the layer's state dict.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

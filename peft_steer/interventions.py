@@ -195,19 +195,24 @@ class LowRank(Intervention):
         if self.b is not None:
             nn.init.zeros_(self.b) if init_weights else nn.init.normal_(self.b)
 
+    @property
+    def W_read(self) -> torch.Tensor:
+        """The directions that the edit reads, `(r, d)`: `W_down`, unless a subclass constrains it."""
+        return self.W_down
+
     def delta(self, h: torch.Tensor) -> torch.Tensor:
-        a = F.linear(h, self.W_down.to(h.dtype))
+        a = F.linear(h, self.W_read.to(h.dtype))
         if self.activation:
             a = ACTIVATIONS[self.activation](a)
         return F.linear(a, self.W_up.to(h.dtype), None if self.b is None else self.b.to(h.dtype))
 
     def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return low_rank_edit(h, self.W_down, self.W_up, b=self.b, scale=scale, activation=self.activation)
+        return low_rank_edit(h, self.W_read, self.W_up, b=self.b, scale=scale, activation=self.activation)
 
     def affine(self):
         if self.activation:
             return None
-        M = _at_least_float32(self.W_up) @ _at_least_float32(self.W_down)
+        M = _at_least_float32(self.W_up) @ _at_least_float32(self.W_read)
         return M, None if self.b is None else _at_least_float32(self.b)
 
 

@@ -23,9 +23,8 @@ def steer_output(module: nn.Module, args: tuple, output):
     if isinstance(output, tuple):
         return (layer(output[0]), *output[1:])
     raise TypeError(
-       
-        f"{type(module).__name__}
-        returns {type(output).__name__}; only a tensor or a tuple that begins with one can be " "steered. Choose another `site` or `target_modules`."
+        f"{type(module).__name__} returns {type(output).__name__}; only a tensor or a tuple that begins with one can "
+        "be steered. Choose another `site` or `target_modules`."
     )
 
 
@@ -42,7 +41,8 @@ def build_intervention(config: SteerConfig, d: int, r: int, device=None, dtype=N
 class SteerLayer(nn.Module, BaseTunerLayer):
     """The edits of one module's output.
 
-    With several active adapters every edit reads the same unsteered `h`: `out = h + sum_i scale_i dh_i(h)`, whatever their order.
+    With several active adapters every edit reads the same unsteered `h`: `out = h + sum_i scale_i dh_i(h)`, whatever
+    their order.
 
     Args:
         module (`nn.Module`): the steered module; this layer becomes its child `steering`.
@@ -55,7 +55,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     def __init__(self, module: nn.Module, d: int):
         super().__init__()
         self.in_features = self.out_features = d
-        self.steer_edit = nn.ModuleDict()
+        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())  # `steer_edit`
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []

@@ -51,10 +51,9 @@ def plan_merge(
 def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Block) -> nn.Module:
     def refuse(reason: str):
         raise ValueError(
-           
-           
-            f"The adapter at {site_name!r} (site={config.site!r},
-            kind={config.kind!r}) cannot be merged: {reason}. Keep it " "unmerged: `PeftModel.from_pretrained` runs it at nearly the base model's speed, and `unload()` removes it."
+            f"The adapter at {site_name!r} (site={config.site!r}, kind={config.kind!r}) cannot be merged: {reason}. "
+            "Keep it unmerged: `PeftModel.from_pretrained` runs it at nearly the base model's speed, and `unload()` "
+            "removes it."
         )
 
     if config.kind == "nonlinear":
@@ -78,12 +77,12 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
 
 @torch.no_grad()
 def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) -> bool:
-    """Whether something added to `linear`'s output appears in `steered`'s output as it is: tried, on the model's dummy input, since no
-    attribute tells a block that normalizes after the sum (BERT, BART) from one that does not."""
+    """Whether something added to `linear`'s output appears in `steered`'s output as it is: tried, on the model's
+    dummy input, since no attribute tells a block that normalizes after the sum (BERT, BART) from one that does not."""
     if not hasattr(model, "dummy_inputs"):
         raise ValueError(
-            f"Whether merging is exact is tried on `dummy_inputs`, which {type(model).__name__} does not have; define it as "
-            "transformers' models do (a dictionary of forward arguments)."
+            f"Whether merging is exact is tried on `dummy_inputs`, which {type(model).__name__} does not have; define "
+            "it as transformers' models do (a dictionary of forward arguments)."
         )
     outputs, added = [], None
 
@@ -123,20 +122,21 @@ def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:
     for layer, linear, _ in plan:
         if taken.setdefault(id(linear), layer) is not layer:
             raise ValueError(
-                "Two sites would be merged into the same linear layer (a vector at the block and an edit at its MLP). Merge one "
-                "and keep the other as an adapter."
+                "Two sites would be merged into the same linear layer (a vector at the block and an edit at its "
+                "MLP). Merge one and keep the other as an adapter."
             )
 
 
 def refuse_to_save(model: nn.Module) -> None:
-    """Make `model.save_pretrained` raise: its configuration has no bias where merging had to add one, so `from_pretrained` would
-    drop the bias, silently."""
+    """Make `model.save_pretrained` raise: its configuration has no bias where merging had to add one, so
+    `from_pretrained` would drop the bias, silently."""
     model.save_pretrained = MethodType(_save_refused, model)
 
 
 def _save_refused(model, *args, **kwargs):
     raise ValueError(
         "This model cannot be saved with the adapter merged: merging gave a bias to linear layers that have none in "
-        f"{type(model).__name__}'s configuration, and `from_pretrained` would drop it. Save the adapter instead (the PeftModel's "
-        "`save_pretrained`, before merging), or use an edit without a constant part (kind='linear', use_bias=False)."
+        f"{type(model).__name__}'s configuration, and `from_pretrained` would drop it. Save the adapter instead (the "
+        "PeftModel's `save_pretrained`, before merging), or use an edit without a constant part (kind='linear', "
+        "use_bias=False)."
     )

@@ -122,9 +122,8 @@ class SteerModel(BaseTuner):
         inputs = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
         if inputs is not None and len(inputs) != len(adapter_names):
             raise ValueError(
-               
-                f"Length of `adapter_names` should
-                be the same as the number of inputs, but got {len(adapter_names)} and " f"{len(inputs)} respectively."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(inputs)} respectively."
             )
         handles = [
             module.register_forward_pre_hook(
@@ -171,19 +170,20 @@ class SteerModel(BaseTuner):
         plan_merge(self.model, self.peft_config, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base's weights where that is exact; see [`~peft_steer.merging.plan_merge`] for where it is.
+        """Fold adapters into the base's weights where that is exact; see [`~peft_steer.merging.plan_merge`] for where
+        it is.
 
         Raises:
-            ValueError: before anything is changed: if it is not exact for one of them, if an active adapter would be left out and
-                stop acting, or, with `safe_merge`, if a parameter of theirs is not finite.
+            ValueError: before anything is changed: if it is not exact for one of them, if an active adapter would be
+                left out and stop acting, or, with `safe_merge`, if a parameter of theirs is not finite.
         """
         plan = plan_merge(self.model, self.peft_config, adapter_names)
         for layer, _, names in plan:
             left_out = set(layer.active_adapters) & set(layer.steer_edit) - set(names) - set(layer.merged_adapters)
             if left_out:
                 raise ValueError(
-                    f"The adapters {sorted(left_out)} are active but would not be merged, and would stop acting. Merge all "
-                    "active adapters together, or deactivate the others with `set_adapter`."
+                    f"The adapters {sorted(left_out)} are active but would not be merged, and would stop acting. "
+                    "Merge all active adapters together, or deactivate the others with `set_adapter`."
                 )
         self._merge(plan, safe_merge)
 
@@ -223,8 +223,8 @@ class SteerModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        # By our own marker and not by the names of modules, which PEFT 0.21 gets wrong below a checkpoint wrapper (FSDP's
-        # `fsdp_activation_checkpointing`): it then saves an empty file.
+        # By our own marker and not by the names of modules, which PEFT 0.21 gets wrong below a checkpoint wrapper
+        # (FSDP's `fsdp_activation_checkpointing`): it then saves an empty file.
         return {key: x for key, x in state_dict.items() if f"{MARKER}.{adapter_name}." in key}
 
     @classmethod
@@ -235,8 +235,8 @@ class SteerModel(BaseTuner):
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise `ValueError` unless `state_dict` has exactly the tensors that the adapter has in `model`, of its shapes and without
-    NaN."""
+    """Raise `ValueError` unless `state_dict` has exactly the tensors that the adapter has in `model`, of its shapes
+    and without NaN."""
 
     def bare(name: str) -> str:
         return name.removeprefix("base_model.model.")
@@ -246,8 +246,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     for what, names in (("lacks", expected.keys() - found.keys()), ("has extra", found.keys() - expected.keys())):
         if names:
             raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} {what} {len(names)} tensor(s), such as {min(names)!r}: it belongs to "
-                "another configuration or base model, or the file is damaged."
+                f"The checkpoint of adapter {adapter_name!r} {what} {len(names)} tensor(s), such as {min(names)!r}: "
+                "it belongs to another configuration or base model, or the file is damaged."
             )
     for name, x in found.items():
         if x.shape != expected[name].shape:

@@ -30,7 +30,9 @@ def register(peft_type: PeftType, config_cls: type, model_cls: type) -> None:
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    # `register_peft_method` refuses a prefix that another method has; an extension of LoRA keeps LoRA's.
+    shares_prefix = model_cls.prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING and not shares_prefix:
         register_peft_method(
             name=peft_type.value.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix
         )

@@ -203,9 +203,8 @@ def _targeted(model: nn.Module, target_modules) -> list[Block]:
     wrong = [name for name in matched if name not in names]
     if wrong:
         raise ValueError(
-           
-            f"`target_modules={target_modules!r}`
-            matches {wrong[0]!r}, which is no block. The place inside a block is " f"chosen by `site`. {_HOW_TO_NAME}"
+            f"`target_modules={target_modules!r}` matches {wrong[0]!r}, which is no block. The place inside a block "
+            f"is chosen by `site`. {_HOW_TO_NAME}"
         )
     return [block for block in blocks if block.name in set(matched)]
 
