@@ -28,7 +28,31 @@ from .sites import hidden_size
 MARKER = f".{CHILD}.steer_edit"
 
 
-class SteerModel(BaseTuner):
+class Strength:
+    """How strong adapters act, on a whole model; for a `BaseTuner` whose layers have methods of the same names."""
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the strength of an adapter to `scale` times the configured one: `h + scale * config.scale * dh`."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {list(self.peft_config)}.")
+        for layer in self._tuner_layers():
+            layer.set_scale(adapter_name, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters by `scale`."""
+        for layer in self._tuner_layers():
+            layer.scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by `scale`, or return it to the configured one."""
+        for layer in self._tuner_layers():
+            layer.unscale_layer(scale)
+
+    def _tuner_layers(self) -> list:
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+
+class SteerModel(Strength, BaseTuner):
     """
     Edits hidden states at one place of every chosen block, as [`SteerConfig`] says ("Weight Updates as Activation
     Shifts: A Principled Framework for Steering", arXiv 2603.00425). The base model's weights are never touched, so it
@@ -142,25 +166,6 @@ class SteerModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    # --- strength
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the strength of an adapter to `scale` times the configured one: `h + scale * config.scale * dh`."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {list(self.peft_config)}.")
-        for layer in self._steer_layers():
-            layer.set_scale(adapter_name, scale)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the strength of the active adapters by `scale`."""
-        for layer in self._steer_layers():
-            layer.scale_layer(scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the strength of the active adapters by `scale`, or return it to the configured one."""
-        for layer in self._steer_layers():
-            layer.unscale_layer(scale)
-
     def _steer_layers(self) -> list[SteerLayer]:
         return [module for module in self.model.modules() if isinstance(module, SteerLayer)]
 
@@ -234,15 +239,17 @@ class SteerModel(BaseTuner):
         return state_dict
 
 
-def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+def check_state_dict(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], marker: str = MARKER
+) -> None:
     """Raise `ValueError` unless `state_dict` has exactly the tensors that the adapter has in `model`, of its shapes
     and without NaN."""
 
     def bare(name: str) -> str:
         return name.removeprefix("base_model.model.")
 
-    expected = {bare(k): p for k, p in model.state_dict().items() if f"{MARKER}.{adapter_name}." in k}
-    found = {bare(k): x for k, x in state_dict.items() if MARKER in k}
+    expected = {bare(k): p for k, p in model.state_dict().items() if f"{marker}.{adapter_name}." in k}
+    found = {bare(k): x for k, x in state_dict.items() if f"{marker}." in k}
     for what, names in (("lacks", expected.keys() - found.keys()), ("has extra", found.keys() - expected.keys())):
         if names:
             raise ValueError(
