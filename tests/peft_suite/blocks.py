@@ -1,0 +1,81 @@
+"""A plain `nn.Module` with a stack of blocks, in place of the MLPs of PEFT's tests of custom models.
+
+Those have no blocks; this model takes the same input, `X` of shape (batch, 10), and returns the same kind of output.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+MODEL_ID = "Blocks"
+WIDTH = 16
+
+
+class _Branch(nn.Module):
+    def __init__(self, output: str):
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.add_module(output, nn.Linear(WIDTH, WIDTH))
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.output)(self.inner(x).relu())
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = _Branch("o_proj")
+        self.norm = nn.LayerNorm(WIDTH)
+        self.mlp = _Branch("down_proj")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(x)
+        return x + self.mlp(self.norm(x))
+
+
+class BlockModel(nn.Module):
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        self.lin0 = nn.Linear(10, WIDTH)
+        self.layers = nn.ModuleList(_Block() for _ in range(3))
+        self.lin1 = nn.Linear(WIDTH, 2)
+        for (
+            block
+        ) in self.layers:  # not on the model: PEFT's tests take a model with a `config` for one of transformers
+            block.config = SimpleNamespace(hidden_size=WIDTH)
+        self.dtype = torch.float
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """What a transformers model has too: an input to try the model on."""
+        return {"X": torch.arange(30.0).view(3, 10)}
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        x = self.lin0(X.to(self.dtype))
+        for block in self.layers:
+            x = block(x)
+        return self.lin1(x).log_softmax(dim=-1)
+
+
+def from_pretrained(model_id: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """What PEFT's `MockTransformerWrapper.from_pretrained` does, for this model."""
+    if model_id != MODEL_ID:
+        raise ValueError(f"model_id={model_id!r}: only {MODEL_ID!r} has blocks.")
+    torch.manual_seed(0)
+    model = BlockModel().to(dtype or torch.float32)
+    model.dtype = dtype or torch.float32
+    return model
+
+
+def with_hidden_size(model_cls: type[nn.Module]) -> type[nn.Module]:
+    """PEFT's `DeepMLP`, which has `layers`, with the width that a transformers model's configuration states."""
+
+    class Deep(model_cls):
+        def __init__(self, size: int, **kwargs):
+            super().__init__(size=size, **kwargs)
+            for block in self.layers:
+                block.config = SimpleNamespace(hidden_size=size)
+
+    return Deep
