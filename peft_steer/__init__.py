@@ -4,7 +4,26 @@ Importing this package registers its tuner types with PEFT.
 """
 
 from .config import LoreftConfig, PostBlockSteerConfig, SteerConfig
+from .joint import (
+    JointOptimizer,
+    JointSteerLoraConfig,
+    JointSteerLoraModel,
+    joint_optimizer,
+    orthogonality,
+    project_,
+)
 from .model import SteerModel
 
 
-__all__ = ["LoreftConfig", "PostBlockSteerConfig", "SteerConfig", "SteerModel"]
+__all__ = [
+    "JointOptimizer",
+    "JointSteerLoraConfig",
+    "JointSteerLoraModel",
+    "LoreftConfig",
+    "PostBlockSteerConfig",
+    "SteerConfig",
+    "SteerModel",
+    "joint_optimizer",
+    "orthogonality",
+    "project_",
+]
