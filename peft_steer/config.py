@@ -1,6 +1,6 @@
 """`SteerConfig`, and the named methods that are presets of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from peft.config import PeftConfig
 
@@ -101,17 +101,20 @@ class SteerConfig(PeftConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs):
-        """As PEFT's, but a preset's own `from_pretrained` returns the preset's class: all presets share one PEFT
-        type."""
-        if kwargs.get("peft_type") == STEER:
-            del kwargs["peft_type"]
-        return super().from_peft_type(**kwargs)
+        """As PEFT's, but on a preset it returns the preset's class: all presets share one PEFT type."""
+        config = super().from_peft_type(**kwargs)
+        if isinstance(config, cls):
+            return config
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if f.init})
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = STEER
         # Those of a file. What an injection writes later describes its own model and binds no other.
         self._made_for = (self.hidden_size, self.num_blocks)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         _check_member("site", self.site, SITES)
         _check_member("kind", self.kind, KINDS)
         _check_member("positions", self.positions, POSITIONS)
