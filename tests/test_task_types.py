@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
-from tiny import SMALL, D, make, randomize
+from tiny import SMALL, D, make, randomize, steer_layers
 
 from peft_steer import SteerConfig
 
@@ -57,5 +57,5 @@ def test_task_type(tmp_path, task):
     assert torch.equal(loaded(**x)[0], model(**x)[0])
     with loaded.disable_adapter():
         assert torch.equal(loaded(**x)[0], base(task)(**x)[0])
-    assert len([n for n, _ in loaded.named_modules() if n.endswith(".steering")]) == (6 if task == "SEQ_2_SEQ_LM" else 3)
-    assert D == loaded.peft_config["default"].hidden_size
+    assert len(steer_layers(loaded)) == (6 if task == "SEQ_2_SEQ_LM" else 3)
+    assert loaded.peft_config["default"].hidden_size == D
