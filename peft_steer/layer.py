@@ -82,12 +82,13 @@ class SteerLayer(nn.Module, BaseTunerLayer):
             return hidden_states
         if self.row_adapters is not None:
             return self._steer_rows(hidden_states)
-        active = [name for name in self.active_adapters if name in self.steer_edit]
+        edits = self.steer_edit
+        active = [name for name in self.active_adapters if name in edits]
         if len(active) == 1:
-            return self.steer_edit[active[0]](hidden_states, self.scaling[active[0]])
+            return edits[active[0]](hidden_states, self.scaling[active[0]])
         out = hidden_states
         for name in active:
-            out = torch.add(out, self.steer_edit[name].delta(hidden_states), alpha=self.scaling[name])
+            out = torch.add(out, edits[name].delta(hidden_states), alpha=self.scaling[name])
         return out
 
     def _steer_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
