@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
+# Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
