@@ -8,12 +8,17 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint peft-suite clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# PEFT's own tests with our configurations; ARGS="--method joint" for the joint ones in LoRA's place.
+peft-suite: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers parameterized pytest-xdist
+	$(BIN)/python tests/peft_suite/run.py -n auto $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
