@@ -20,19 +20,19 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from tiny import ARCHITECTURES, KINDS, SITES, inputs, make, randomize, steer_layers
+from tiny import ARCHITECTURES, KINDS, METHODS, SITES, inputs, make, randomize, steer_layers
 
 from peft_steer import LoreftConfig, PostBlockSteerConfig, SteerConfig
 
 
-def steered(architecture="llama", dtype=torch.float32, seed=1, **config):
-    model = get_peft_model(make(architecture, dtype), SteerConfig(**{"r": 4, "kind": "nonlinear", **config}))
+def steered(architecture="llama", dtype=torch.float32, seed=1, method="steer", **config):
+    model = get_peft_model(make(architecture, dtype), METHODS[method](**{"r": 4, "kind": "nonlinear", **config}))
     randomize(model, std=0.5, seed=seed)
     return model.eval()
 
 
 def adapter_state(model, name="default"):
-    return {k: p for k, p in model.state_dict().items() if f".steer_edit.{name}." in k}
+    return {k: p for k, p in model.state_dict().items() if f".{name}." in k}
 
 
 def logits(model, architecture="llama", **kwargs):
@@ -66,13 +66,14 @@ def test_importing_again_keeps_the_registration():
 # --- files
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_save_and_load(tmp_path, kind, dtype, autocast, low_cpu_mem_usage):
+def test_save_and_load(method, tmp_path, kind, dtype, autocast, low_cpu_mem_usage):
     """Every tensor comes back equal, in the adapter's own precision; so do the logits."""
-    model = get_peft_model(make(dtype=dtype), SteerConfig(r=4, **KINDS[kind]), autocast_adapter_dtype=autocast)
+    model = get_peft_model(make(dtype=dtype), METHODS[method](r=4, **KINDS[kind]), autocast_adapter_dtype=autocast)
     randomize(model, std=0.5)
     assert {p.dtype for p in adapter_state(model).values()} == {torch.float32 if autocast else dtype}
     model.eval().save_pretrained(tmp_path)
@@ -86,14 +87,20 @@ def test_save_and_load(tmp_path, kind, dtype, autocast, low_cpu_mem_usage):
     )
     expected, found = adapter_state(model), adapter_state(loaded)
     assert expected.keys() == found.keys()
+    if method == "joint" and low_cpu_mem_usage and autocast and dtype != torch.float32:
+        # PEFT 0.21.2 then rounds LoRA's weights to the base's precision, whatever the file has
+        assert all(torch.equal(found[k], x.to(dtype).float()) for k, x in expected.items() if ".steering." not in k)
+        expected = {k: x for k, x in expected.items() if ".steering." in k}
+    else:
+        assert torch.equal(logits(loaded), logits(model))
     assert all(torch.equal(found[k], x) and found[k].dtype == x.dtype for k, x in expected.items())
-    assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_save_and_load_by_every_loader(tmp_path, architecture, site):
-    model = steered(architecture, site=site)
+def test_save_and_load_by_every_loader(method, tmp_path, architecture, site):
+    model = steered(architecture, method=method, site=site)
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model, architecture)
     assert not torch.equal(expected, logits(make(architecture), architecture))
@@ -153,12 +160,13 @@ def test_transformers_own_adapter_methods(tmp_path):
     assert torch.equal(logits(model), one)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("damage", "message"), [("missing", "lacks"), ("extra", "extra"), ("nan", "finite"), ("shape", "shape")]
 )
-def test_a_damaged_checkpoint_is_refused(damage, message):
-    state = {k: v.clone() for k, v in get_peft_model_state_dict(steered()).items()}
-    key = next(iter(state))
+def test_a_damaged_checkpoint_is_refused(method, damage, message):
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(steered(method=method)).items()}
+    key = next(name for name in state if "W_down" in name)
     if damage == "missing":
         del state[key]
     elif damage == "extra":
@@ -168,20 +176,22 @@ def test_a_damaged_checkpoint_is_refused(damage, message):
     else:
         state[key] = state[key][:2]
     with pytest.raises(ValueError, match=message):
-        set_peft_model_state_dict(steered(), state)
+        set_peft_model_state_dict(steered(method=method), state)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 2}, {"hidden_size": 16}, {"num_hidden_layers": 4}])
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
-def test_another_width_or_depth_is_refused(tmp_path, loader, change):
-    steered().save_pretrained(tmp_path)
+def test_another_width_or_depth_is_refused(method, tmp_path, loader, change):
+    steered(method=method).save_pretrained(tmp_path)
     other = tf.LlamaForCausalLM(tf.LlamaConfig(**{**make().config.to_dict(), **change}))
-    with pytest.raises(ValueError, match="made for a model with hidden_size=32 and num_blocks=3"):
+    with pytest.raises(ValueError, match=r"made for a model with (steer_)?hidden_size=32 and (steer_)?num_blocks=3"):
         PeftModel.from_pretrained(other, tmp_path) if loader == "peft" else other.load_adapter(str(tmp_path))
 
 
-def test_a_config_may_serve_for_several_models():
-    config = SteerConfig(r=4)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_may_serve_for_several_models(method):
+    config = METHODS[method](r=4)
     assert get_peft_model(make("llama"), config).peft_config["default"] is config
     get_peft_model(tf.LlamaForCausalLM(tf.LlamaConfig(**{**make().config.to_dict(), "num_hidden_layers": 5})), config)
 
@@ -195,11 +205,12 @@ def test_a_preset_comes_back_as_itself(tmp_path):
     assert PeftConfig.from_pretrained(tmp_path).kind == "loreft"
 
 
-def test_modules_to_save(tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_to_save(method, tmp_path):
     config = tf.LlamaConfig(**{**make().config.to_dict(), "num_labels": 3})
     torch.manual_seed(0)
     base = tf.LlamaForSequenceClassification(config).eval()
-    model = get_peft_model(copy.deepcopy(base), SteerConfig(r=4, task_type="SEQ_CLS")).eval()
+    model = get_peft_model(copy.deepcopy(base), METHODS[method](r=4, task_type="SEQ_CLS")).eval()
     assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
     randomize(model)
     with torch.no_grad():
@@ -212,8 +223,9 @@ def test_modules_to_save(tmp_path):
     torch.testing.assert_close(rows, torch.stack([model(**x).logits[0], base(**x).logits[1]]))
 
 
-def test_autocast_can_be_left_off():
-    model = get_peft_model(make(dtype=torch.bfloat16), SteerConfig(), autocast_adapter_dtype=False)
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_can_be_left_off(method):
+    model = get_peft_model(make(dtype=torch.bfloat16), METHODS[method](), autocast_adapter_dtype=False)
     assert {p.dtype for p in adapter_state(model).values()} == {torch.bfloat16}
 
 
@@ -328,11 +340,12 @@ def test_rows_with_different_adapters(architecture, site):
     assert torch.equal(model(**x).logits, model(**x, adapter_names=["default"] * 4).logits)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
-def test_generation_with_different_adapters(architecture, beams):
-    model = get_peft_model(make(architecture), SteerConfig(r=4), "first")
-    model.add_adapter("other", SteerConfig(kind="vector"))
+def test_generation_with_different_adapters(method, architecture, beams):
+    model = get_peft_model(make(architecture), METHODS[method](r=4), "first")
+    model.add_adapter("other", METHODS[method](kind="vector"))
     randomize(model, std=1.0)
     model.eval()
     ids = inputs(architecture, rows=3)["input_ids"]
@@ -415,11 +428,12 @@ def test_status(capsys):
 # --- leaving no trace, and copies
 
 
-def test_unload():
+@pytest.mark.parametrize("method", METHODS)
+def test_unload(method):
     base = make()
     modules = [name for name, _ in base.named_modules()]
     state = copy.deepcopy(base.state_dict())
-    model = get_peft_model(base, SteerConfig(r=4))
+    model = get_peft_model(base, METHODS[method](r=4))
     randomize(model)
     plain = model.unload()
     assert plain is base
@@ -429,9 +443,10 @@ def test_unload():
     assert torch.equal(logits(plain), logits(make()))
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
-def test_copies_are_independent(how):
-    model = steered()
+def test_copies_are_independent(method, how):
+    model = steered(method=method)
     before = logits(model)
     if how == "deepcopy":
         other = copy.deepcopy(model)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 
+from peft_steer import JointSteerLoraConfig, SteerConfig
 from peft_steer.layer import SteerLayer
 
 
@@ -133,6 +134,18 @@ KINDS = {
 SITES = ("block", "mlp", "attention")
 
 
+def joint_config(**steer) -> JointSteerLoraConfig:
+    """The joint adapter whose steering half has these arguments of SteerConfig."""
+    common = {k: steer.pop(k) for k in ("task_type", "modules_to_save") if k in steer}
+    return JointSteerLoraConfig(
+        r=4, target_modules="all-linear", **common, **{f"steer_{name}": value for name, value in steer.items()}
+    )
+
+
+# what a test is parametrized with to hold for both tuners: makes a configuration from SteerConfig's arguments
+METHODS = {"steer": SteerConfig, "joint": joint_config}
+
+
 def make(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A tiny frozen model in evaluation mode, the same for the same arguments. (T5's attention takes another kernel,
     with other rounding, where its position bias requires gradients.)"""
@@ -151,7 +164,7 @@ def randomize(model: nn.Module, std: float = 0.1, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if ".steer_edit." in name:
+            if ".steering." in name or ".lora_" in name:
                 p.copy_(std * torch.randn(p.shape, generator=generator))
 
 

@@ -85,7 +85,7 @@ def plan_writers(
             "steer other blocks (`steer_layers_to_transform`), or set `orthogonal='none'`."
         )
     logger.warning(
-        "%d of %d steered blocks have no orthogonality constraint; at %r, %s. Set `orthogonal='none'` if that is meant.",
+        "%d of %d steered blocks have no orthogonality constraint; in %r, %s. Set `orthogonal='none'` if it is meant.",
         len(missing),
         len(sites),
         name,

@@ -15,8 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..interventions import LowRank
 
 
-# Of the correlation matrix of B's columns. Half its square root bounds the overlap that is left in a direction in which
-# B is nearly singular: float32, with its error of 1e-7, would leave 1e-4 there. Hence float64.
+# Of the correlation matrix of B's columns. Half its square root bounds the overlap that is left in a direction in
+# which B is nearly singular: float32, with its error of 1e-7, would leave 1e-4 there. Hence float64.
 _RIDGE = 1e-12
 _SATISFIED = 5e-6  # overlap below which a matrix is left as it is, bit for bit
 
@@ -162,7 +162,8 @@ class JointLowRank(LowRank):
 
     def overlap(self) -> float:
         """Overlap of what is read with `lora_B`. Collective where the parameters are distributed."""
-        return overlap(_whole(self.W_read), _whole(self.B)).item()
+        W, B = _whole(self.W_down), _whole(self.B)
+        return overlap(project(W, B) if self.orthogonal == "always" else W, B).item()
 
     @torch.no_grad()
     def project_(self) -> None:

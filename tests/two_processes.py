@@ -1,0 +1,63 @@
+"""What each of two processes does in the tests of joint training under DDP and FSDP2."""
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from tiny import inputs, make, steer_layers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_steer import JointSteerLoraConfig, orthogonality
+
+
+STEPS = 4
+
+
+def model(config: dict) -> PeftModel:
+    torch.manual_seed(0)
+    config = JointSteerLoraConfig(r=4, steer_r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config)
+    return get_peft_model(make(), config).train()
+
+
+def train(rank: int, address: str, modes: dict[str, dict], out: str) -> None:
+    """Train for every mode under DDP and FSDP2; rank 0 writes the results to `out`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    results = {}
+    for mode, config in modes.items():
+        for kind in ("ddp", "fsdp2"):
+            results[mode, kind] = _train(rank, kind, config)
+    if rank == 0:
+        torch.save(results, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _train(rank: int, kind: str, config: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
+    adapted = model(config)
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (2,))
+        for block in adapted.get_base_model().model.layers:
+            fully_shard(block, mesh=mesh)
+        wrapped = fully_shard(adapted, mesh=mesh)
+        edits = [layer.steer_edit["default"] for layer in steer_layers(adapted.get_base_model()).values()]
+        assert all(isinstance(p, DTensor) for edit in edits for p in (edit.W_down, edit.B))
+    else:
+        wrapped = DistributedDataParallel(adapted)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
+    batch = {name: x[2 * rank : 2 * rank + 2] for name, x in inputs(rows=4).items()}
+    overlaps = []
+    for _ in range(STEPS):
+        wrapped(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        overlaps.append(max(orthogonality(adapted).values()))
+    state = adapted.state_dict()
+    if kind == "fsdp2":
+        state = get_model_state_dict(adapted, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank:
+        return overlaps, {}
+    return overlaps, {name: x.clone() for name, x in get_peft_model_state_dict(adapted, state_dict=state).items()}
