@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from tiny import KINDS, inputs, make, randomize
+from tiny import KINDS, METHODS, inputs, make, randomize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_steer import SteerConfig
@@ -61,16 +61,17 @@ def train(model, steps=8, lr=0.02):
     ("kind", "site"), [("vector", "attention"), ("linear_bias", "mlp"), ("silu", "block"), ("loreft", "attention")]
 )
 @pytest.mark.parametrize("base", BASES)
-def test_train_save_load(tmp_path, checkpoint, base, kind, site):
+@pytest.mark.parametrize("method", METHODS)
+def test_train_save_load(method, tmp_path, checkpoint, base, kind, site):
     model = load(checkpoint, base)
     plain = logits(model)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model = get_peft_model(model, SteerConfig(r=4, site=site, **KINDS[kind], task_type="CAUSAL_LM"))
+    model = get_peft_model(model, METHODS[method](r=4, site=site, **KINDS[kind], task_type="CAUSAL_LM"))
     assert torch.equal(logits(model), plain)
     losses = train(model)
     assert losses[-1] < losses[0] - 0.01
     assert all(torch.isfinite(torch.tensor(losses)))
-    after = dict(model.get_base_model().named_parameters())
+    after = {name.replace(".base_layer", ""): p for name, p in model.get_base_model().named_parameters()}
     assert all(torch.equal(after[name], p) for name, p in frozen.items())
     with model.disable_adapter():
         assert torch.equal(logits(model), plain)
@@ -79,9 +80,10 @@ def test_train_save_load(tmp_path, checkpoint, base, kind, site):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-def test_an_adapter_moves_to_another_precision(tmp_path, checkpoint, base):
-    model = get_peft_model(load(checkpoint, "fp32"), SteerConfig(kind="nonlinear", task_type="CAUSAL_LM")).eval()
+def test_an_adapter_moves_to_another_precision(method, tmp_path, checkpoint, base):
+    model = get_peft_model(load(checkpoint, "fp32"), METHODS[method](kind="nonlinear", task_type="CAUSAL_LM")).eval()
     randomize(model, std=0.5)
     model.save_pretrained(tmp_path)
     quantized = load(checkpoint, base)
@@ -91,12 +93,13 @@ def test_an_adapter_moves_to_another_precision(tmp_path, checkpoint, base):
     assert (logits(steered) - logits(model)).norm() < 3 * error < (logits(steered) - plain).norm()
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-def test_kbit_preparation_and_checkpointing(checkpoint, base):
+def test_kbit_preparation_and_checkpointing(method, checkpoint, base):
     model = prepare_model_for_kbit_training(
         load(checkpoint, base), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    model = get_peft_model(model, SteerConfig(kind="nonlinear", task_type="CAUSAL_LM"))
+    model = get_peft_model(model, METHODS[method](kind="nonlinear", task_type="CAUSAL_LM"))
     losses = train(model)
     assert losses[-1] < losses[0] - 0.01
 
@@ -110,7 +113,8 @@ def test_merging_into_quantized_weights_is_refused(checkpoint, base):
 
 @pytest.mark.parametrize("evaluate", ["before wrapping", "after wrapping"])
 @pytest.mark.parametrize("base", ["nf4", "nf4_double"])
-def test_gradients_after_an_evaluation(checkpoint, base, evaluate):
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_after_an_evaluation(method, checkpoint, base, evaluate):
     """bitsandbytes on CPUs with AVX512-BF16 packs 4-bit weights in the first evaluation and loses gradients from then
     on."""
 
@@ -118,7 +122,7 @@ def test_gradients_after_an_evaluation(checkpoint, base, evaluate):
         model = load(checkpoint, base)
         if evaluated and evaluate == "before wrapping":
             logits(model)
-        model = get_peft_model(model, SteerConfig(kind="nonlinear", task_type="CAUSAL_LM"))
+        model = get_peft_model(model, METHODS[method](kind="nonlinear", task_type="CAUSAL_LM"))
         randomize(model, std=0.5)
         if evaluated and evaluate == "after wrapping":
             logits(model.eval())

@@ -125,7 +125,7 @@ def test_projection_at_zero():
 @pytest.mark.parametrize("kind", ["linear", "nonlinear"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "phi3", "gpt_neox", "bloom"])
 def test_the_model_computes_the_equation(architecture, kind):
-    """LoRA, and behind every block `dh` with the projected `W_down`: the base with plain hooks gives the same logits."""
+    """LoRA, and behind every block `dh` with the projected `W_down`: so does the base with plain hooks."""
     x = inputs(architecture)
     model = joint(architecture, steer_kind=kind, orthogonal="always", steer_scale=0.5)
     assert torch.equal(model(**x).logits, make(architecture)(**x).logits)
