@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from tiny import ARCHITECTURES, inputs, joint_config, make, randomize, reference_delta, steer_layers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from trl import SFTConfig, SFTTrainer
 
 from peft_steer import (
@@ -221,6 +222,20 @@ def test_file(tmp_path):
         project_(loaded)
         assert worst(loaded) < TOLERANCE
         assert torch.equal(logits(loaded), expected) == (mode != "none")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saving_below_checkpoint_wrappers(mode):
+    """As FSDP's `fsdp_activation_checkpointing` puts them around the blocks."""
+    model = joint(**MODES[mode])
+    randomize(model, std=0.5)
+    other = copy.deepcopy(model)
+    expected = get_peft_model_state_dict(model)
+    apply_activation_checkpointing(other, check_fn=lambda module: "DecoderLayer" in type(module).__name__)
+    assert any("_checkpoint_wrapped_module" in name for name, _ in other.named_modules())
+    found = get_peft_model_state_dict(other)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
 
 
 @pytest.mark.parametrize("mode", MODES)

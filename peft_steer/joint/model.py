@@ -1,6 +1,7 @@
 """`JointSteerLoraModel`: PEFT's LoRA, and the steering layers put in after it."""
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -247,7 +248,13 @@ class JointSteerLoraModel(Strength, LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         state_dict = project_for_saving(model, adapter_name, state_dict)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not any(MARKER in key for key in found):
+            # PEFT 0.21 goes by the names of modules, and finds nothing below a checkpoint wrapper (FSDP's
+            # `fsdp_activation_checkpointing`): it would save an empty file.
+            ours = re.compile(rf"\.lora_[^.]+\.{re.escape(adapter_name)}(\.|$)")
+            found |= {key: x for key, x in state_dict.items() if ours.search(key)}
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
