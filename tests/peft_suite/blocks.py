@@ -3,12 +3,13 @@
 Those have no blocks; this model takes the same input, `X` of shape (batch, 10), and returns the same kind of output.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-MODEL_ID = "Blocks"
+MODEL_ID = "MLP"
 WIDTH = 16
 
 
@@ -59,14 +60,18 @@ class BlockModel(nn.Module):
         return self.lin1(x).log_softmax(dim=-1)
 
 
-def from_pretrained(model_id: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """What PEFT's `MockTransformerWrapper.from_pretrained` does, for this model."""
-    if model_id != MODEL_ID:
-        raise ValueError(f"model_id={model_id!r}: only {MODEL_ID!r} has blocks.")
-    torch.manual_seed(0)
-    model = BlockModel().to(dtype or torch.float32)
-    model.dtype = dtype or torch.float32
-    return model
+def stand_in(from_pretrained: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`MockTransformerWrapper.from_pretrained` of PEFT's tests, with a `BlockModel` for its MLP."""
+
+    def load(model_id: str, dtype: torch.dtype | None = None) -> nn.Module:
+        if model_id != MODEL_ID:
+            return from_pretrained(model_id, dtype)
+        torch.manual_seed(0)
+        model = BlockModel().to(dtype or torch.float32)
+        model.dtype = dtype or torch.float32
+        return model
+
+    return load
 
 
 def with_hidden_size(model_cls: type[nn.Module]) -> type[nn.Module]:

@@ -60,6 +60,9 @@ MODEL_TESTS = {
 }
 MODULES = [*MODEL_TESTS, "test_config", "test_custom_models"]
 
+# Arguments of PEFT's LoRA configurations that do not tell them apart in the summary.
+COMMON_ARGUMENTS = {"task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights"}
+
 # Tests that name no configuration of ours but go through every registered method.
 STEER_TESTS = {"test_from_peft_type"}
 
@@ -205,7 +208,36 @@ REFUSED: dict[str, list[Expectation]] = {
             message="stands between the last linear layer and the edit",
         ),
     ],
-    "joint": [],
+    "joint": [
+        Expectation(
+            ".*",
+            "aLoRA acts on some tokens only, steering on all of them",
+            case="alora",
+            message="`alora_invocation_tokens` cannot be combined with steering",
+        ),
+        Expectation(
+            _MERGES,
+            "the steering half cannot be merged",
+            case="JointSteerLoraConfig",
+            message="The steering half of a joint adapter cannot be merged",
+        ),
+        Expectation(
+            "test_lora_embed_scale_is_applied|test_merge_and_unload_fixes_tie_word_embeddings_config",
+            "the steering half cannot be merged",
+            message="The steering half of a joint adapter cannot be merged",
+        ),
+        Expectation(
+            "test_nested_config_survives_save_load_roundtrip",
+            "Arrow routes tokens through other LoRA adapters, without their steering",
+            where="arrow_config",
+            message="`arrow_config` cannot be combined with steering",
+        ),
+        Expectation(
+            r"test_weighted_combination_of_adapters",
+            "joint adapters have no weighted sum",
+            message="Joint adapters cannot be combined into one",
+        ),
+    ],
     "lora": [],
     "beft": [],
 }

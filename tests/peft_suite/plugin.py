@@ -19,6 +19,7 @@ import cases
 
 CLASSES: pytest.StashKey[tuple[type, ...]] = pytest.StashKey()
 CONFIG_ARGUMENTS = ("config_cls", "config_class", "config0", "config")
+NEEDS_BLOCKS = ("steer", "joint")
 _QUOTES = ["Be yourself; everyone else is already taken.", "So many books, so little time."] * 8
 
 
@@ -77,8 +78,11 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         _replace(collector.obj, "check_beft_config", lambda *_: None)
         _replace(collector.obj, "beft_tests", lambda *_: None)
         _replace(collector.obj, "deberta_beft_tests", lambda *_: None)
-        if hasattr(collector.obj, "MockTransformerWrapper"):
-            collector.obj.MockTransformerWrapper.from_pretrained = staticmethod(blocks.from_pretrained)
+    if collector.config.getoption("method") in NEEDS_BLOCKS and hasattr(collector.obj, "MockTransformerWrapper"):
+        wrapper = collector.obj.MockTransformerWrapper
+        wrapper.from_pretrained = staticmethod(blocks.stand_in(wrapper.from_pretrained))
+        collector.obj.DeepMLP = blocks.with_hidden_size(collector.obj.DeepMLP)
+        collector.obj.MLP = blocks.BlockModel
 
 
 def _replace(module, name: str, value) -> None:
@@ -111,6 +115,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             kwargs = {key: value for key, value in kwargs.items() if key != "ids"}
         elif set(CONFIG_ARGUMENTS) & set(names):
             parameters = [p for p in parameters if any(value in classes for value in _values(p))]
+            if method == "joint" and names[:2] == ["test_name", "model_id"]:  # PEFT's other models have no blocks
+                parameters = [p for p in parameters if _values(p)[1] == blocks.MODEL_ID]
         markers[index] = pytest.Mark(marker.name, (argnames, parameters, *rest), kwargs, _ispytest=True)
 
 
@@ -167,9 +173,10 @@ def _case(item: pytest.Item) -> str:
     config_class = _config_class(item)
     if config_class is None:
         return "-"
-    if item.config.getoption("method") != "steer":
-        return config_class.__name__
-    return next(case.name for case in cases.steer_cases() if case.name in item.callspec.id)
+    if item.config.getoption("method") == "steer":
+        return next(case.name for case in cases.steer_cases() if case.name in item.callspec.id)
+    kwargs = _parameters(item).get("config_kwargs", {})
+    return "-".join([config_class.__name__, *sorted(kwargs.keys() - cases.COMMON_ARGUMENTS)])
 
 
 @pytest.fixture(autouse=True)
@@ -182,9 +189,6 @@ def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         # PEFT skips these tests for all classes but its own: let ours pass for one of them here.
         for module in (request.module, testing_common):
             monkeypatch.setattr(module, "LoraConfig", _parameters(request.node)["config_cls"])
-    if hasattr(request.module, "MLP"):
-        monkeypatch.setattr(request.module, "MLP", blocks.BlockModel)
-        monkeypatch.setattr(request.module, "DeepMLP", blocks.with_hidden_size(request.module.DeepMLP))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
