@@ -1,5 +1,6 @@
 """`SteerConfig`, and the named methods that are presets of it."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from peft.config import PeftConfig
@@ -103,7 +104,7 @@ class SteerConfig(PeftConfig):
     def from_peft_type(cls, **kwargs):
         """As PEFT's, but on a preset it returns the preset's class: all presets share one PEFT type."""
         config = super().from_peft_type(**kwargs)
-        if isinstance(config, cls):
+        if isinstance(config, cls) or not isinstance(config, SteerConfig):
             return config
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if f.init})
 
@@ -118,6 +119,9 @@ class SteerConfig(PeftConfig):
         _check_member("site", self.site, SITES)
         _check_member("kind", self.kind, KINDS)
         _check_member("positions", self.positions, POSITIONS)
+        self.rank_pattern = self.rank_pattern or {}
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+            raise ValueError(f"`scale={self.scale!r}` must be a finite number.")
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"`{name}={rank!r}` must be an integer of at least 1.")

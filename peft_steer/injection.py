@@ -1,6 +1,5 @@
 """Where a configuration puts its layers in a given model, and what is checked before they are put there."""
 
-import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -58,26 +57,13 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     for name, _ in model.named_modules():
         if f".{CHILD}." not in name:
             parts.update(name.split("."))
+    if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(f"`adapter_name={adapter_name!r}` cannot be the name of a module. Choose another name.")
     if adapter_name in parts:
         raise ValueError(
             f"`adapter_name={adapter_name!r}` is also the name of a module in {type(model).__name__}; PEFT could not "
             "save the adapter. Choose another name."
         )
-
-
-def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device on which the steered module runs and the dtype in which it computes."""
-    parameters = [p for module in (target, model) for p in module.parameters()]
-    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
-    if not parameters:
-        return torch.device("cpu"), dtype
-    device = parameters[0].device
-    if device.type == "meta":  # offloaded by accelerate, which knows where it runs
-        hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
-        device = torch.device(
-            next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
-        )
-    return device, dtype
 
 
 def keep_bnb_gradients(model: nn.Module) -> None:

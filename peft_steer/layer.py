@@ -38,6 +38,21 @@ def build_intervention(config: SteerConfig, d: int, r: int, device=None, dtype=N
     return LowRank(d, r, activation=config.activation, use_bias=config.use_bias, **common)
 
 
+def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device on which the steered module runs and the dtype in which it computes."""
+    parameters = [p for module in (target, model) for p in module.parameters()]
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    if not parameters:
+        return torch.device("cpu"), dtype
+    device = parameters[0].device
+    if device.type == "meta":  # offloaded by accelerate, which knows where it runs
+        hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
+        device = torch.device(
+            next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
+        )
+    return device, dtype
+
+
 class SteerLayer(nn.Module, BaseTunerLayer):
     """The edits of one module's output.
 
@@ -88,7 +103,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
             return edits[active[0]](hidden_states, self.scaling[active[0]])
         out = hidden_states
         for name in active:
-            out = torch.add(out, edits[name].delta(hidden_states), alpha=self.scaling[name])
+            out = out + (edits[name](hidden_states, self.scaling[name]) - hidden_states)
         return out
 
     def _steer_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -106,24 +121,25 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the factor of `dh` to `scale` times the configured one."""
         if adapter_name in self.scaling:
-            self._check_not_merged("set_scale")
+            self.check_not_merged("set_scale")
             self.scaling[adapter_name] = scale * self.initial_scaling[adapter_name]
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the factor of every active adapter by `scale`."""
-        self._check_not_merged("scale_layer")
+        self.check_not_merged("scale_layer")
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the factor of every active adapter by `scale`, or return it to the configured one."""
-        self._check_not_merged("unscale_layer")
+        self.check_not_merged("unscale_layer")
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 
-    def _check_not_merged(self, what: str) -> None:
+    def check_not_merged(self, what: str) -> None:
+        """Raise `ValueError` if adapters are merged, which `what` would not reach."""
         if self.merged_adapters:
             raise ValueError(
                 f"`{what}` would not reach the merged adapters {self.merged_adapters}; unmerge them first."
@@ -169,6 +185,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def merge_added_bias(self) -> bool:
+        """Whether merging gave a bias to a linear layer that has none."""
         return self._merge_backup is not None and self._merge_backup[2] is None and self.merged_linear.bias is not None
 
     def unmerge(self) -> None:
@@ -205,4 +222,4 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Called after loading with `low_cpu_mem_usage`: the weights keep the dtype of the file.
         if adapter_name in self.steer_edit:
-            self.steer_edit[adapter_name].to(device or next(self._steered[0].parameters()).device)
+            self.steer_edit[adapter_name].to(device or device_and_dtype(*self._steered, *self._steered)[0])

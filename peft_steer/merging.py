@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SteerConfig
 from .injection import resolve_sites
-from .layer import SteerLayer
+from .layer import CHILD, SteerLayer
 from .sites import Block, output_linear, site_module
 
 
@@ -30,8 +30,12 @@ def plan_merge(
     Raises:
         ValueError: if a merge would not be exact; says why, and what to do instead.
     """
+    unknown = set(adapter_names or ()) - set(configs)
+    if unknown:
+        raise ValueError(f"There are no adapters {sorted(unknown)} to merge; there are {list(configs)}.")
     plan = []
     blocks: dict[str, dict[str, Block]] = {}
+    tried: set[tuple] = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, SteerLayer):
             continue
@@ -42,13 +46,13 @@ def plan_merge(
         for adapter in names:
             if adapter not in blocks:
                 blocks[adapter] = resolve_sites(model, configs[adapter])[0]
-            linear = _linear_for(model, configs[adapter], site_name, blocks[adapter][site_name])
+            linear = _linear_for(model, configs[adapter], site_name, blocks[adapter][site_name], tried)
         plan.append((layer, linear, names))
     _check_one_edit_per_linear(model, plan)
     return plan
 
 
-def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Block) -> nn.Module:
+def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Block, tried: set[tuple]) -> nn.Module:
     def refuse(reason: str):
         raise ValueError(
             f"The adapter at {site_name!r} (site={config.site!r}, kind={config.kind!r}) cannot be merged: {reason}. "
@@ -63,6 +67,9 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
     name, module = site_module(block, "mlp" if config.site == "block" else config.site)
     if "norm" in name.rpartition(".")[2].lower():
         refuse(f"the norm {name!r} stands between the last linear layer and the edit")
+    reader = getattr(module, CHILD, None) if config.site == "block" else None
+    if reader is not None and set(reader.active_adapters) & set(reader.steer_edit):
+        refuse(f"the active adapters at {name!r} would read it as part of the MLP's output")
     inner = output_linear(module)
     if inner is None:
         refuse(f"no single linear layer returns the output of {name!r} ({type(module).__name__})")
@@ -70,8 +77,10 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
     plain = isinstance(linear, (nn.Linear, Conv1D)) and type(linear.weight) is nn.Parameter
     if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
         refuse(f"the weight of {type(linear).__name__} is quantized, sharded, offloaded or adapted by another method")
-    if block.index == 0 and not _arrives_unchanged(model, linear, model.get_submodule(site_name)):
+    kind = (config.site, block.stack, type(block.module), type(module))  # blocks of one kind behave alike
+    if kind not in tried and not _arrives_unchanged(model, linear, model.get_submodule(site_name)):
         refuse(f"what {name!r} returns is normalized, scaled or otherwise changed before the place of the edit")
+    tried.add(kind)
     return linear
 
 
@@ -122,8 +131,8 @@ def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:
     for layer, linear, _ in plan:
         if taken.setdefault(id(linear), layer) is not layer:
             raise ValueError(
-                "Two sites would be merged into the same linear layer (a vector at the block and an edit at its "
-                "MLP). Merge one and keep the other as an adapter."
+                "Two edits would be merged into the same linear layer: a vector at the block and one at its MLP. Merge "
+                "the MLP's and keep the vector as an adapter."
             )
 
 

@@ -13,13 +13,12 @@ from .config import STEER, SteerConfig
 from .injection import (
     check_adapter_name,
     check_ranks,
-    device_and_dtype,
     keep_bnb_gradients,
     rank_of,
     record_shape,
     resolve_sites,
 )
-from .layer import CHILD, SteerLayer
+from .layer import CHILD, SteerLayer, device_and_dtype
 from .merging import plan_merge, refuse_to_save
 from .registration import register
 from .sites import hidden_size
@@ -35,21 +34,28 @@ class Strength:
         """Set the strength of an adapter to `scale` times the configured one: `h + scale * config.scale * dh`."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {list(self.peft_config)}.")
-        for layer in self._tuner_layers():
+        for layer in self._scalable_layers("set_scale"):
             layer.set_scale(adapter_name, scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters by `scale`."""
-        for layer in self._tuner_layers():
+        for layer in self._scalable_layers("scale_layer"):
             layer.scale_layer(scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the strength of the active adapters by `scale`, or return it to the configured one."""
-        for layer in self._tuner_layers():
+        for layer in self._scalable_layers("unscale_layer"):
             layer.unscale_layer(scale)
 
     def _tuner_layers(self) -> list:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def _scalable_layers(self, what: str) -> list:
+        layers = self._tuner_layers()
+        for layer in layers:  # all of them, before the first is changed
+            if isinstance(layer, SteerLayer):
+                layer.check_not_merged(what)
+        return layers
 
 
 class SteerModel(Strength, BaseTuner):
@@ -98,6 +104,7 @@ class SteerModel(Strength, BaseTuner):
             state_dict = {
                 key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): x for key, x in state_dict.items()
             }
+            self._check_sites_of(state_dict, model, adapter_name)
         super().inject_adapter(
             model,
             adapter_name,
@@ -105,6 +112,16 @@ class SteerModel(Strength, BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+
+    def _check_sites_of(self, state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict if f".{self.prefix}" in key}
+        wrong = names - set(resolve_sites(model, config)[0])
+        if wrong:
+            raise ValueError(
+                f"The state dict has weights for {min(wrong)!r}, which the configuration does not steer "
+                f"(site={config.site!r}): they belong to different adapters."
+            )
 
     def _prepare_adapter_config(self, peft_config: SteerConfig, model_config: dict) -> SteerConfig:
         return peft_config  # the blocks are found in the model, not in a table of model types
@@ -135,7 +152,7 @@ class SteerModel(Strength, BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = self._steer_layers()
+        layers = self._tuner_layers()
         if any(layer.merged for layer in layers):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -143,7 +160,8 @@ class SteerModel(Strength, BaseTuner):
         unknown = set(adapter_names) - {"__base__"} - {name for layer in layers for name in layer.steer_edit}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        inputs = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds", "input_features"))
+        inputs = next((x for x in (*args[:1], *named) if isinstance(x, torch.Tensor)), None)
         if inputs is not None and len(inputs) != len(adapter_names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
@@ -166,9 +184,6 @@ class SteerModel(Strength, BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _steer_layers(self) -> list[SteerLayer]:
-        return [module for module in self.model.modules() if isinstance(module, SteerLayer)]
-
     # --- merging and unloading
 
     def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
@@ -182,6 +197,8 @@ class SteerModel(Strength, BaseTuner):
             ValueError: before anything is changed: if it is not exact for one of them, if an active adapter would be
                 left out and stop acting, or, with `safe_merge`, if a parameter of theirs is not finite.
         """
+        if any(layer.disable_adapters for layer in self._tuner_layers()):
+            raise ValueError("Cannot merge while the adapters are disabled; enable them first.")
         plan = plan_merge(self.model, self.peft_config, adapter_names)
         for layer, _, names in plan:
             left_out = set(layer.active_adapters) & set(layer.steer_edit) - set(names) - set(layer.merged_adapters)
@@ -202,7 +219,7 @@ class SteerModel(Strength, BaseTuner):
 
     def unmerge_adapter(self) -> None:
         """Give the base its own weights back, bit for bit."""
-        for layer in self._steer_layers():
+        for layer in self._tuner_layers():
             layer.unmerge()
 
     def _unload_and_optionally_merge(
@@ -214,7 +231,7 @@ class SteerModel(Strength, BaseTuner):
     ) -> nn.Module:
         if merge:  # active adapters that are not named are dropped, as PEFT drops them
             self._merge(plan_merge(self.model, self.peft_config, adapter_names), safe_merge)
-        layers = self._steer_layers()
+        layers = self._tuner_layers()
         if any(layer.merge_added_bias for layer in layers) and merge:
             refuse_to_save(self.model)
         for layer in layers:
@@ -267,7 +284,8 @@ def check_state_dict(
 
 
 def _pass_adapter_names(module, args, kwargs, adapter_names):
-    return args, {**kwargs, "adapter_names": adapter_names}
+    repeats = len(args[0]) // len(adapter_names)  # beams, returned sequences
+    return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
 
 
 register(STEER, SteerConfig, SteerModel)

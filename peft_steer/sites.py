@@ -16,6 +16,7 @@ import re
 from collections import deque
 from dataclasses import dataclass
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import match_target_against_key
 from torch import nn
 
@@ -71,6 +72,8 @@ def text_stacks(model: nn.Module) -> list[str]:
         stack = _nearest_stack(root)
         if stack is not None and names[id(stack)] not in stacks:
             stacks.append(names[id(stack)])
+    if not stacks and (stack := _nearest_stack(model)) is not None:
+        stacks.append(names[id(stack)])  # `get_decoder()` may return a head that is named `decoder`: ModernBERT
     if not stacks:
         raise ValueError(f"No stack of transformer blocks was recognised in {type(model).__name__}. {_HOW_TO_NAME}")
     return stacks
@@ -101,6 +104,8 @@ def select_blocks(
         blocks = kept
     if layers_to_transform is not None:
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+        if not wanted:
+            raise ValueError("`layers_to_transform=[]` asks for no block; leave it unset for all.")
         available = {b.index for b in blocks}
         if wanted - available:
             raise ValueError(
@@ -129,7 +134,8 @@ def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
     name = _find(block.module, _ATTENTION if site == "attention" else _MLP)
     if name is None and site == "mlp":  # the MLP's linears lie in the block itself: OPT, BERT
         name = next((n for n in ("fc2", "output.dense") if _has(block.module, n)), None)
-    if name is None:
+    is_part = site == "mlp" and name not in (None, "fc2", "output.dense") and _is_linear(block.module, name)
+    if name is None or is_part:  # ALBERT's `ffn` is the MLP's first linear
         raise ValueError(
             f"No {site} was recognised in block {block.name!r} ({type(block.module).__name__}). Use `site='block'`."
         )
@@ -197,7 +203,12 @@ def _targeted(model: nn.Module, target_modules) -> list[Block]:
             stacks.append(name)
     blocks = [block for stack in stacks for block in _blocks(model, stack)]
     names = {block.name for block in blocks}
-    matched = [name for name, _ in model.named_modules() if name and _matches(target_modules, name)]
+    adapters = tuple(name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    matched = [
+        name
+        for name, _ in model.named_modules()
+        if name and _matches(target_modules, name) and not name.startswith(adapters)
+    ]
     if not matched:
         raise ValueError(f"`target_modules={target_modules!r}` matches no module of {type(model).__name__}.")
     wrong = [name for name in matched if name not in names]
@@ -234,6 +245,11 @@ def _branch_norm(block: nn.Module, site: str) -> str | None:
         if _has(block, "post_feedforward_layernorm"):  # without it the same name is the norm before the MLP
             names += ("post_attention_layernorm",)
     return next((name for name in names if _has(block, name)), None)
+
+
+def _is_linear(module: nn.Module, name: str) -> bool:
+    weight = getattr(module.get_submodule(name), "weight", None)
+    return weight is not None and weight.ndim == 2
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -361,6 +361,27 @@ def test_generation_with_different_adapters(method, architecture, beams):
         assert torch.equal(mixed[row], expected[row])
 
 
+def test_rows_with_a_head_of_their_own_and_beams():
+    model = get_peft_model(make(), SteerConfig(r=4, modules_to_save=["lm_head"])).eval()
+    randomize(model, std=1.0)
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(-1)
+    ids = inputs()["input_ids"]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    mixed = model.generate(input_ids=ids, adapter_names=["default", "__base__"], **options)
+    assert torch.equal(mixed[0], model.generate(input_ids=ids, **options)[0])
+    with model.disable_adapter():
+        assert torch.equal(mixed[1], model.generate(input_ids=ids, **options)[1])
+
+
+def test_rows_are_counted_by_the_inputs():
+    """Whatever else is passed first."""
+    model, ids = steered(), inputs()["input_ids"]
+    positions = torch.arange(ids.shape[1])[None]
+    found = model(position_ids=positions, input_ids=ids, adapter_names=["default", "__base__"]).logits
+    assert torch.equal(found, model(input_ids=ids, adapter_names=["default", "__base__"]).logits)
+
+
 def test_bad_adapter_names_per_row():
     model = steered()
     with pytest.raises(ValueError, match="non-existing adapter"):

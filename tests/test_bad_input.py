@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from tiny import inputs, make
 from torch import nn
 
@@ -17,6 +17,8 @@ from peft_steer import LoreftConfig, PostBlockSteerConfig, SteerConfig
         ({"r": -3}, "`r=-3`"),
         ({"r": 2.0}, "`r=2.0`"),
         ({"rank_pattern": {"layers.1": 0}}, r"`rank_pattern\['layers.1'\]=0`"),
+        ({"scale": float("nan")}, "`scale=nan` must be a finite number"),
+        ({"scale": "big"}, "`scale='big'`"),
         ({"kind": "cubic"}, "`kind='cubic'` is unknown; choose one of 'vector', 'linear', 'nonlinear', 'loreft'"),
         ({"site": "postblock"}, "`site='postblock'` is unknown; choose one of 'block', 'mlp', 'attention'"),
         ({"positions": "first"}, "`positions='first'` is unknown; choose one of 'all'"),
@@ -44,6 +46,7 @@ def test_config(config, message):
         ({"r": 33}, "`r=33` at 'model.layers.0' is larger than the hidden size 32"),
         ({"rank_pattern": {"layers.2": 40}}, "`r=40` at 'model.layers.2'"),
         ({"layers_to_transform": [1, 3]}, r"`layers_to_transform` asks for \[3\], but .* 0 to 2"),
+        ({"layers_to_transform": []}, r"`layers_to_transform=\[\]` asks for no block"),
         ({"layers_to_transform": -1}, r"`layers_to_transform` asks for \[-1\]"),
         ({"layers_to_transform": [0], "layers_pattern": "h"}, r"`layers_pattern='h'` matches none .*'model.layers'"),
         ({"target_modules": ["q_proj"]}, "matches 'model.layers.0.self_attn.q_proj', which is no block"),
@@ -58,7 +61,7 @@ def test_injection(config, message):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["layers", "mlp", "model", "self_attn", "steering", "steer_edit", "0"])
+@pytest.mark.parametrize("name", ["layers", "mlp", "model", "self_attn", "steering", "steer_edit", "0", "a.b", "keys"])
 def test_adapter_name_that_is_part_of_a_path(name):
     with pytest.raises(ValueError, match=f"`adapter_name='{name}'`"):
         get_peft_model(make(), SteerConfig(), adapter_name=name)
@@ -97,6 +100,20 @@ def test_block_without_the_site():
     with pytest.raises(ValueError, match=r"No mlp was recognised in block 'backbone\.layers\.0'"):
         get_peft_model(model, SteerConfig(site="mlp"))
     get_peft_model(model, SteerConfig(site="block"))
+
+
+def test_the_first_linear_of_an_mlp_is_no_mlp():
+    model = tf.AlbertModel(
+        tf.AlbertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=32, num_hidden_layers=2)
+    )
+    with pytest.raises(ValueError, match="No mlp was recognised"):
+        get_peft_model(model, SteerConfig(site="mlp"))
+
+
+def test_a_state_dict_for_another_site():
+    state = {f"model.layers.{i}.mlp.steering.steer_edit.v": torch.zeros(32) for i in range(3)}
+    with pytest.raises(ValueError, match=r"has weights for 'model.layers.0.mlp', which .* \(site='block'\)"):
+        inject_adapter_in_model(SteerConfig(kind="vector"), make(), state_dict=state)
 
 
 def test_output_that_is_no_tensor():

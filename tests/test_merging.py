@@ -151,16 +151,55 @@ def test_post_norm_and_scaled_blocks_are_refused():
     )  # fmt: skip
     scaled = tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, residual_multiplier=0.5))
     for model in (post_norm, scaled):
-        with pytest.raises(ValueError, match="normalized, scaled or otherwise changed"):
-            get_peft_model(model, SteerConfig(kind="vector")).merge_adapter()
+        for layers in (None, [1]):
+            steered_model = get_peft_model(model, SteerConfig(kind="vector", layers_to_transform=layers))
+            with pytest.raises(ValueError, match="normalized, scaled or otherwise changed"):
+                steered_model.merge_adapter()
+            steered_model.unload()
+
+
+def test_an_unknown_adapter_is_not_merged_silently():
+    model = steered(kind="vector")
+    for merge in (model.merge_adapter, lambda names: model.merge_and_unload(adapter_names=names)):
+        with pytest.raises(ValueError, match=r"no adapters \['typo'\]"):
+            merge(["typo"])
+
+
+def test_merging_while_disabled_is_refused():
+    model = steered(kind="vector")
+    with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
+        model.merge_adapter()
+
+
+def test_a_vector_below_an_edit_that_would_read_it():
+    """Folded into the MLP, the block's vector would be seen by the edit at the MLP's output."""
+    model = steered(site="block", kind="vector")
+    model.add_adapter("reader", SteerConfig(site="mlp", kind="linear", r=4))
+    randomize(model, std=0.5)
+    model.base_model.set_adapter(["default", "reader"])
+    expected = logits(model)
+    with pytest.raises(ValueError, match="would read it"):
+        model.merge_adapter(["default"])
+    model.merge_adapter(["reader"])
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_strength_changes_nowhere_if_a_layer_is_merged():
+    model = steered(kind="vector", layers_to_transform=[0, 1])
+    model.add_adapter("other", SteerConfig(site="mlp", kind="vector", layers_to_transform=[2]))
+    model.base_model.set_adapter(["default", "other"])
+    model.merge_adapter(["other"])
+    before = logits(model)
+    with pytest.raises(ValueError, match="unmerge"):
+        model.scale_layer(2.0)
+    assert torch.equal(logits(model), before)
 
 
 def test_two_sites_in_one_linear_are_refused():
     model = steered(site="block", kind="vector")
     model.add_adapter("other", SteerConfig(site="mlp", kind="vector"))
-    model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="same linear layer"):
-        model.merge_adapter()
+        model.merge_adapter(["default", "other"])
 
 
 def test_safe_merge():

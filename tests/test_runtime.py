@@ -67,6 +67,26 @@ def test_offloaded(site, when):
     assert torch.equal(logits(model), expected)
 
 
+def test_loading_onto_an_offloaded_base(tmp_path):
+    model = steered()
+    model.save_pretrained(tmp_path)
+    base = cpu_offload(make(), execution_device=torch.device("cpu"))
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(loaded), logits(model))
+        loaded.unload()
+
+
+def test_several_active_adapters_on_an_offloaded_model():
+    model = steered()
+    model.add_adapter("other", SteerConfig(kind="vector"))
+    randomize(model, std=0.5)
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model)
+    cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model), expected)
+
+
 def test_device_map_at_loading(tmp_path):
     model = make()
     model.save_pretrained(tmp_path / "base")

@@ -82,7 +82,8 @@ def _train(
     peak = peak_bytes()
     trained = trainer.model
     trained.save_pretrained(adapter_dir)
-    rows = [trainer.train_dataset[i] for i in range(trainer.args.per_device_train_batch_size)]
+    n_rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
+    rows = [trainer.train_dataset[i] for i in range(n_rows)]
     batch = {name: value.to(trained.device) for name, value in trainer.data_collator(rows).items()}
     trainable, parameters = trained.get_nb_trainable_parameters()
     return trained, {

@@ -17,10 +17,12 @@ def main(argv: list[str]) -> int:
     from peft_steer.bench.models import find_model
     from peft_steer.bench.plan import load_grid
     from peft_steer.bench.report import write_report
+    from peft_steer.tasks import evaluate_on, load_task
 
     directory = args.output or Path("results") / args.grid.stem
     try:
         grid = load_grid(args.grid, model=args.model)
+        evaluate_on(load_task(grid.task)[0], grid.split)
         source = find_model(grid.model)
         cells = grid.cells(source.label)
     except (ValueError, OSError) as error:

@@ -43,7 +43,8 @@ def _frame(cells: list[Cell], results: list[dict[str, Any]]) -> pd.DataFrame:
             "learning_rate": cell.learning_rate or float("nan"),
             "seed": cell.seed,
             "metric": result.get("metric", ""),
-            **{column: result.get(column) for column in (*_NUMBERS, *_BYTES)},
+            # lm-eval's standard error is "N/A" where it has none
+            **{c: result.get(c) if isinstance(result.get(c), (int, float)) else None for c in (*_NUMBERS, *_BYTES)},
             "error": result.get("error", ""),
             "key": cell.key,
         }

@@ -17,13 +17,12 @@ from torch import nn
 from ..injection import (
     check_adapter_name,
     check_ranks,
-    device_and_dtype,
     keep_bnb_gradients,
     rank_of,
     record_shape,
     resolve_sites,
 )
-from ..layer import CHILD
+from ..layer import CHILD, device_and_dtype
 from ..model import Strength, check_state_dict
 from ..registration import register
 from ..sites import hidden_size
