@@ -131,8 +131,8 @@ def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:
     for layer, linear, _ in plan:
         if taken.setdefault(id(linear), layer) is not layer:
             raise ValueError(
-                "Two edits would be merged into the same linear layer: a vector at the block and one at its MLP. Merge "
-                "the MLP's and keep the vector as an adapter."
+                "Two edits would be merged into the same linear layer: a vector at the block and one at its MLP. "
+                "Merge the MLP's and keep the vector as an adapter."
             )
 
 
