@@ -145,6 +145,7 @@ class JointSteerLoraConfig(LoraConfig):
             config = SteerConfig(
                 **{name: getattr(self, f"steer_{name}") for name in _STEER_FIELDS},
                 task_type=self.task_type,
+                peft_version=self.peft_version,
                 base_model_name_or_path=self.base_model_name_or_path,
                 revision=self.revision,
                 inference_mode=self.inference_mode,
