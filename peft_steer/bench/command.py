@@ -1,6 +1,7 @@
 """Compares PEFT methods on one task, as a grid file says: trains and evaluates each, then writes the table."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def main(argv: list[str]) -> int:
     from peft_steer.bench.report import write_report
     from peft_steer.tasks import evaluate_on, load_task
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
     directory = args.output or Path("results") / args.grid.stem
     try:
         grid = load_grid(args.grid, model=args.model)
