@@ -78,7 +78,7 @@ def with_hidden_size(model_cls: type[nn.Module]) -> type[nn.Module]:
     """PEFT's `DeepMLP`, which has `layers`, with the width that a transformers model's configuration states."""
 
     class Deep(model_cls):
-        def __init__(self, size: int, **kwargs):
+        def __init__(self, size: int = 10, **kwargs):
             super().__init__(size=size, **kwargs)
             for block in self.layers:
                 block.config = SimpleNamespace(hidden_size=size)

@@ -172,6 +172,26 @@ _MERGES = (
     r"|test_mixed_adapter_batches_merged_raises|test_forward_b?float16\w*"  # these two merge at their end
 )
 
+# PEFT's tests of LoRA on models without blocks that they define themselves.
+NO_BLOCKS = (
+    r"test_custom_lora_layer_\w+",
+    "test_ignore_mismatched_sizes_with_scalar_modules_to_save",
+    "test_load_does_not_overwrite_similarly_named_sibling",
+    "test_load_resized_embedding_ignore_mismatched_sizes",
+    "test_loading_model_with_trainble_tokens_requires_grad_set_correctly",
+    "test_mha_gradients_set_correctly",
+    r"test_multiple_active_adapters_with_(different|same)_trainable_token_indices_\w+",
+    "test_repr_lora_(conv1d|conv2d|embedding)",
+    "test_requires_grad_follows_inference_mode_trainable_token_indices",
+    "test_requires_grad_lora_(conv2d|emb_conv1d)",
+    "test_save_embedding_layers_excludes_similarly_named_sibling",
+    "test_saving_and_loading",
+    "test_set_adapter_non_overlapping_trainable_token_indices",
+    "test_target_layer_without_in_features_out_features",
+    "test_training_works",
+    "test_unload_adapter_multihead_attention",
+)
+
 REFUSED: dict[str, list[Expectation]] = {
     "steer": [
         Expectation(
@@ -233,6 +253,29 @@ REFUSED: dict[str, list[Expectation]] = {
             message="`arrow_config` cannot be combined with steering",
         ),
         Expectation(
+            "|".join(NO_BLOCKS),
+            "the test's model has no blocks to steer",
+            message="No stack of transformer blocks was recognised",
+        ),
+        Expectation(
+            "test_multiple_active_adapters_forward",
+            "the test's model has no blocks to steer",
+            where="trainable_tokens",
+            message="No stack of transformer blocks was recognised",
+        ),
+        Expectation(
+            "test_add_adapter_rejects_duplicate_name_without_mutation",
+            "PeftMixedModel has a fixed list of the methods that it mixes",
+            where=r"\[True\]",
+            message="is not compatible with the `PeftMixedModel`",
+        ),
+        Expectation(
+            "test_multiple_active_adapters_forward",
+            "joint adapters have no weighted sum",
+            where="LoRA (Same|Different)",
+            message="Joint adapters cannot be combined into one",
+        ),
+        Expectation(
             r"test_weighted_combination_of_adapters",
             "joint adapters have no weighted sum",
             message="Joint adapters cannot be combined into one",
@@ -250,7 +293,25 @@ NOT_APPLICABLE: dict[str, list[Expectation]] = {
             case="block-nonlinear|block-linear-bias|mlp-loreft",
         ),
     ],
-    "joint": [],
+    "joint": [
+        Expectation(
+            r"test_requires_grad_(follows_inference_mode_modules|lora_(different|same)_targets|modules_to_save)\w*",
+            "lists the trainable parameters, which are LoRA's alone; here the edits are trained too",
+        ),
+        Expectation(
+            "test_repr_lora_(linear|paramwrapper)",
+            "prints the width of PEFT's MLP, in whose place stands a model with blocks",
+        ),
+        Expectation(
+            "test_parameters_after_loading_model",
+            "three steps at a learning rate of 0.5 diverge on the model that stands for PEFT's MLP",
+        ),
+        Expectation(
+            "test_only_params_are_updated",
+            "a learning rate of 1e-3 moves edits that start at zero by less than the test resolves",
+            case="monteclora_config",
+        ),
+    ],
     "lora": [],
     "beft": [],
 }
