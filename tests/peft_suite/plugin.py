@@ -16,6 +16,7 @@ import pytest
 
 import blocks
 import cases
+import expected
 
 CLASSES: pytest.StashKey[tuple[type, ...]] = pytest.StashKey()
 CONFIG_ARGUMENTS = ("config_cls", "config_class", "config0", "config")
@@ -109,8 +110,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             ours = cases.steer_parameters(module, metafunc.function.__name__, names)
             if ours is None:
                 continue
-            if not ours and metafunc.function.__name__ not in cases.LEFT_OUT:
-                raise pytest.UsageError(f"{metafunc.function.__name__} is neither run nor named in cases.LEFT_OUT.")
+            if not ours and metafunc.function.__name__ not in expected.LEFT_OUT:
+                raise pytest.UsageError(f"{metafunc.function.__name__} is neither run nor named in expected.LEFT_OUT.")
             parameters = [pytest.param(*values, id=name) for name, values in ours]
             kwargs = {key: value for key, value in kwargs.items() if key != "ids"}
         elif set(CONFIG_ARGUMENTS) & set(names):
@@ -136,10 +137,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         test, case, where = item.originalname, _case(item), item.nodeid
         item.user_properties.append(("case", case))
-        for expectation in cases.NOT_APPLICABLE[method]:
+        for expectation in expected.NOT_APPLICABLE[method]:
             if expectation.matches(test, case, where):
                 item.add_marker(pytest.mark.skip(reason=f"not applicable: {expectation.reason}"))
-        for expectation in cases.REFUSED[method]:
+        for expectation in expected.REFUSED[method]:
             if expectation.matches(test, case, where):
                 raises = pytest.RaisesExc(ValueError, match=expectation.message)
                 item.add_marker(pytest.mark.xfail(reason=f"refused: {expectation.reason}", raises=raises, strict=True))

@@ -7,7 +7,7 @@
 
 The tests come from PEFT's source distribution, which pip fetches once into the cache (`--cache`), and the models that
 they take from the Hub are built there too. `plugin.py` puts our configurations into the tests' parametrization;
-`cases.py` says which, and lists every test that is expected to be refused or that does not apply, with its reason.
+`cases.py` says which, `expected.py` lists every test that has to be refused or does not apply, with its reason.
 Exit status: pytest's, so 0 only without an unexpected failure.
 """
 
