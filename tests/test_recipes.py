@@ -23,7 +23,7 @@ def test_the_demo_compares_what_it_says():
     quickstart, rates = (load_grid(path) for path in GRIDS)
     assert quickstart.split == "test"
     assert rates.split == "validation"
-    assert quickstart.train == rates.train
+    assert {**quickstart.train, "max_steps": None} == {**rates.train, "max_steps": None}
     # Every rate of the demo was chosen in the sweep, for the same method.
     swept = {method.name: method for method in rates.methods}
     for method in quickstart.methods[1:]:
