@@ -161,7 +161,7 @@ class SteerModel(Strength, BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds", "input_features"))
-        inputs = next((x for x in (*args[:1], *named) if isinstance(x, torch.Tensor)), None)
+        inputs = next((x for x in (*args[:1], *named, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
         if inputs is not None and len(inputs) != len(adapter_names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
