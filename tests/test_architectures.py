@@ -123,7 +123,9 @@ def test_training_changes_the_adapter_alone(method, architecture):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "opt", "bert"])
 def test_hidden_states_are_what_the_blocks_receive(method, architecture):
-    model = get_peft_model(make(architecture), METHODS[method](kind="linear", r=4)).eval()
+    base = make(architecture)
+    base(**inputs(architecture), output_hidden_states=True)  # installs the capture before the edit
+    model = get_peft_model(base, METHODS[method](kind="linear", r=4)).eval()
     randomize(model)
     received = []
     stack = model.get_base_model().get_submodule(STACKS.get(architecture, ["model.layers"])[0])
