@@ -1,4 +1,4 @@
-"""The generated ListOps task: right answers, disjoint splits, the same data every time."""
+"""The generated ListOps tasks: right answers, disjoint splits, the same data every time."""
 
 import re
 import statistics
@@ -106,3 +106,30 @@ def test_the_harness_scores_what_the_generator_says():
         1000,
         1000,
     ]
+
+
+@pytest.mark.parametrize(
+    ("generated", "right"), [("{}", True), (" {},", True), ("={}!", True), ("{}0", False), ("0{}", False), ("", False)]
+)
+def test_lists_are_scored_by_the_first_number(generated, right):
+    task, _ = load_task("list_max_min")
+    doc = next(doc for doc in task.test_docs() if doc["value"] == 7)
+    context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot)
+    assert context == f"max(3,7)=7\nmin(5,2,8)=2\n{doc['expression']}="
+    request = task.construct_requests(doc, context, metadata=("list_max_min", 0, 1))
+    request.resps = [generated.format(7)]
+    task._instances = [request]
+    task.apply_filters()
+    assert task.process_results(doc, [request.filtered_resps["first-number"]]) == {"exact_match": float(right)}
+
+
+def test_lists_are_flat_and_their_examples_are_not_held_out():
+    task, _ = load_task("list_max_min")
+    splits = {"train": task.training_docs(), "validation": task.validation_docs(), "test": task.test_docs()}
+    assert {name: len(docs) for name, docs in splits.items()} == {"train": 4000, "validation": 500, "test": 500}
+    assert all(
+        re.fullmatch(r"(max|min)\(\d(,\d){1,3}\)", text) for docs in splits.values() for text in docs["expression"]
+    )
+    for example in task.fewshot_docs():
+        assert evaluate(example["expression"]) == example["value"]
+        assert example["expression"] not in {*splits["validation"]["expression"], *splits["test"]["expression"]}
