@@ -1,25 +1,41 @@
-"""Any task of lm-evaluation-harness as a data set for supervised fine-tuning.
+"""Any task of lm-evaluation-harness as training data: for supervised fine-tuning, as a GRPO reward, as preferences.
 
-A pair of prompt and completion is built by the task itself, from its own training split: the model trains on exactly
-the strings that the harness scores.
+Prompts and answers are built by the task itself, from its own training split, and a reward is the task's own metric
+after its own filters: a model is trained on exactly what the harness scores, never on the split that it scores.
 """
 
-import difflib
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 import lm_eval_tasks
 
+from .suggest import suggest
+
 
 OUR_TASKS = Path(lm_eval_tasks.__file__).parent
+_FEWSHOT_SEED = 1234  # the harness's own default
 
 
-def load_task(name: str, include_path: str | None = None) -> tuple[ConfigurableTask, TaskManager]:
+def load_task(
+    name: str, include_path: str | None = None, num_fewshot: int | None = None
+) -> tuple[ConfigurableTask, TaskManager]:
     """Loads one task by name: from `include_path`, from our `lm_eval_tasks`, or from lm-eval's own.
+
+    Args:
+        name: The task's.
+        include_path: A folder with more tasks, as lm-eval's flag.
+        num_fewshot: Examples in each prompt, instead of the task's own number.
 
     Raises:
         ValueError: If no task has that name, or if it is a group of tasks.
@@ -29,10 +45,12 @@ def load_task(name: str, include_path: str | None = None) -> tuple[ConfigurableT
     if name not in manager.all_tasks:  # lm-eval's thousands of files are read only when they are needed
         manager = TaskManager(include_path=paths)
     if name not in manager.all_subtasks:
-        close = difflib.get_close_matches(name, manager.all_subtasks, n=3)
-        hint = f", did you mean {close}?" if close else ""
-        raise ValueError(f"task: {name!r} is not a single task known to lm-eval{hint}")
-    return manager.load(name)["tasks"][name], manager
+        raise ValueError(f"task: {name!r} is not a single task known to lm-eval{suggest(name, manager.all_subtasks)}")
+    task = manager.load(name)["tasks"][name]
+    if num_fewshot is not None:
+        task.set_config("num_fewshot", num_fewshot)
+    task.set_fewshot_seed(_FEWSHOT_SEED)
+    return task, manager
 
 
 def evaluate_on(task: ConfigurableTask, split: str) -> None:
@@ -49,39 +67,217 @@ def evaluate_on(task: ConfigurableTask, split: str) -> None:
         task.set_config("test_split", None)
 
 
-def sft_dataset(task: ConfigurableTask) -> datasets.Dataset:
-    """The training split as columns `prompt` and `completion`, both strings.
+# --- columns for TRL's trainers
+
+
+def sft_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> datasets.Dataset:
+    """Columns `prompt` and `completion` for `SFTTrainer`, strings or, with `chat`, lists of messages.
 
     For a multiple-choice task the completion is the right choice as the harness scores it; for a generative one it is
     the target. Loglikelihood tasks without choices have no answer to train on.
 
+    Args:
+        task: An lm-eval task.
+        split: `"train"`, or `"validation"` for what is watched during the training. They are the task's own.
+        **chat: `apply_chat_template` and `system_instruction`, as lm-eval's flags.
+
     Raises:
-        ValueError: If there is no training split, if it is the evaluated one, or if the task's type has no answer.
+        ValueError: If there is no such split, if it is the evaluated one, or if the task's type has no answer.
     """
+    docs = _docs(task, split, ("multiple_choice", "generate_until"))
+    return _columns(_pair(task, doc, **chat) for doc in docs)
+
+
+def grpo_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> datasets.Dataset:
+    """Columns for `GRPOTrainer`: `prompt`, as in [`sft_dataset`]; `solution`, the answer as the task's first filter
+    reads it (TRL's `accuracy_reward` wants it); and `split` and `doc_id`, by which [`reward_function`] finds the
+    document.
+
+    Raises:
+        ValueError: If there is no such split, if it is the evaluated one, or if the task generates nothing.
+    """
+    docs = _docs(task, split, ("generate_until",))
+    rows = [
+        {"prompt": _pair(task, doc, **chat)[0], "solution": _solution(task, doc), "split": split, "doc_id": i}
+        for i, doc in enumerate(docs)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def dpo_dataset(task: ConfigurableTask, split: str = "train", seed: int = 0, **chat: Any) -> datasets.Dataset:
+    """Columns `prompt`, `chosen` and `rejected` for `DPOTrainer`: the right choice and one of the wrong ones, drawn by
+    `seed`.
+
+    Raises:
+        ValueError: If there is no such split, if it is the evaluated one, or if the task is no multiple-choice task
+            whose choices follow one prompt.
+    """
+    docs = _docs(task, split, ("multiple_choice",))
+    if task.multiple_input:
+        raise ValueError(f"task {task.config.task!r}: its choices are in the prompt, so no two answers compare")
+    draw = random.Random(seed)
+    rows = []
+    for doc in docs:
+        prompt, chosen = _pair(task, doc, **chat)
+        wrong = draw.choice([i for i in range(len(task.doc_to_choice(doc))) if i != _gold(task, doc)])
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": _pair(task, doc, choice=wrong, **chat)[1]})
+    return datasets.Dataset.from_list(rows)
+
+
+def _docs(task: ConfigurableTask, split: str, output_types: tuple[str, ...]) -> list[dict]:
     config = task.config
+    names = {"train": config.training_split, "validation": config.validation_split}
+    kind = "training" if split == "train" else split
+    if names[split] is None:
+        raise ValueError(f"task {config.task!r} has no {kind} split")
     evaluated = config.test_split or config.validation_split
-    if config.training_split is None:
-        raise ValueError(f"task {config.task!r} has no training split")
-    if config.training_split == evaluated:
-        raise ValueError(f"task {config.task!r} would be trained on {evaluated!r}, the split that it is evaluated on")
-    if config.output_type not in ("multiple_choice", "generate_until"):
-        raise ValueError(f"task {config.task!r}: no training data can be made of output_type {config.output_type!r}")
-    pairs = [_pair(task, doc) for doc in task.training_docs()]
-    return datasets.Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
+    if names[split] == evaluated:
+        use = "trained on" if split == "train" else "watched in training on"
+        raise ValueError(f"task {config.task!r} would be {use} {evaluated!r}, the split that it is evaluated on")
+    if config.output_type not in output_types:
+        raise ValueError(
+            f"task {config.task!r}: no such training data can be made of output_type {config.output_type!r}, only of "
+            f"{' or '.join(map(repr, output_types))}"
+        )
+    return list(task.training_docs() if split == "train" else task.validation_docs())
 
 
-def _pair(task: ConfigurableTask, doc: dict) -> tuple[str, str]:
-    context = task.fewshot_context(doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
-    target = task.doc_to_target(doc)
+def _columns(pairs: Any) -> datasets.Dataset:
+    return datasets.Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+
+
+def _pair(
+    task: ConfigurableTask,
+    doc: dict,
+    choice: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+) -> tuple[Any, Any]:
+    """The prompt, and the answer to it: the right one, or the choice with the index `choice`."""
+    with _not_its_own_example(task, doc):
+        context = task.fewshot_context(
+            doc,
+            num_fewshot=task.config.num_fewshot or 0,
+            gen_prefix=task.doc_to_prefix(doc),
+            apply_chat_template=apply_chat_template,
+            system_instruction=system_instruction,
+            chat_template=_messages,
+        )
     if task.config.output_type == "generate_until":
-        return context, f"{task.config.target_delimiter}{target[0] if isinstance(target, list) else target}"
+        target = task.doc_to_target(doc)
+        answer = f"{task.config.target_delimiter}{target[0] if isinstance(target, list) else target}"
+    else:
+        requests = task.construct_requests(doc, context, apply_chat_template=apply_chat_template)
+        context, answer = requests[_gold(task, doc) if choice is None else choice].arguments
+    if apply_chat_template:
+        return context, [{"role": "assistant", "content": answer.strip()}]
+    return context, answer
+
+
+def _messages(messages: list[dict[str, str]], **_: bool) -> list[dict[str, str]]:
+    """In the place of a chat template: TRL applies the tokenizer's."""
+    return messages
+
+
+@contextmanager
+def _not_its_own_example(task: ConfigurableTask, doc: dict):
+    """The harness draws few-shot examples from the training split and keeps only an evaluated document out of its own
+    prompt; here the document is of the training split."""
+    sampler = task.sampler
+    if not task.config.num_fewshot or task.fewshot_cfg.split != task.config.training_split:
+        yield
+        return
+    task.sampler = _Without(sampler, doc)
+    try:
+        yield
+    finally:
+        task.sampler = sampler
+
+
+class _Without:
+    def __init__(self, sampler: Any, doc: dict):
+        self.sampler, self.doc = sampler, doc
+
+    def sample(self, n: int, eval_doc: dict | None = None) -> Any:
+        return self.sampler.sample(n, eval_doc=self.doc)
+
+
+def _gold(task: ConfigurableTask, doc: dict) -> int:
     # The choices stand in the contexts for tasks such as Winogrande; then the text field holds the right one's index.
-    gold = task.doc_to_text(doc) if task.multiple_input else target
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, list):
         gold = gold[0]
-    if isinstance(gold, str):
-        gold = task.doc_to_choice(doc).index(gold)
-    return task.construct_requests(doc, context)[gold].arguments
+    return task.doc_to_choice(doc).index(gold) if isinstance(gold, str) else gold
+
+
+# --- the reward
+
+
+def reward_function(task: ConfigurableTask, metric: str | None = None) -> Callable[..., list[float]]:
+    """The task's own metric as a reward function for `GRPOTrainer`, for the rows of [`grpo_dataset`].
+
+    A completion is cut where the harness would stop generating, passes the task's filter, and is scored as the harness
+    scores a document.
+
+    Args:
+        task: A task that generates (`output_type: generate_until`).
+        metric: `"metric,filter"` as the harness prints it, such as `"exact_match,strict-match"`; by default the
+            first metric after the first filter.
+
+    Raises:
+        ValueError: If the task generates nothing, or has no such metric, or it is not a number for each document of
+            which more is better.
+    """
+
+    @cache
+    def docs(split: str) -> list[dict]:
+        return _docs(task, split, ("generate_until",))
+
+    first = docs("train")[0]
+    scores = _scores(task, first, _solution(task, first, filtered=False))
+    metric = metric or next(iter(scores))
+    if metric not in scores:
+        raise ValueError(f"reward metric {metric!r} is none of task {task.config.task!r}{suggest(metric, scores)}")
+    if not isinstance(scores[metric], (bool, int, float)):
+        raise ValueError(f"reward metric {metric!r} of task {task.config.task!r} gives {scores[metric]!r}, no number")
+    if not task.higher_is_better().get(metric.split(",")[0], True):
+        raise ValueError(f"reward metric {metric!r} of task {task.config.task!r}: less is better, so it is no reward")
+
+    def reward(completions: list, split: list[str], doc_id: list[int], **_: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [
+            float(_scores(task, docs(name)[i], text)[metric])
+            for text, name, i in zip(texts, split, doc_id, strict=True)
+        ]
+
+    reward.__name__ = metric  # the trainer logs it as `rewards/NAME/mean`
+    return reward
+
+
+def _scores(task: ConfigurableTask, doc: dict, generation: str) -> dict[str, Any]:
+    """Every metric after every filter, as `{"metric,filter": value}`."""
+    text = postprocess_generated_text(generation, task.config.generation_kwargs.get("until"), think_end_token=None)
+    return {
+        f"{name},{filter_name}": value
+        for filter_name, filtered in _filtered(task, doc, text).items()
+        for name, value in task.process_results(doc, [filtered]).items()
+    }
+
+
+def _filtered(task: ConfigurableTask, doc: dict, text: str) -> dict[str, str]:
+    instance = Instance("generate_until", doc, ("", {}), 0, resps=[text])
+    for ensemble in task._filters:
+        ensemble.apply([instance])
+    return instance.filtered_resps
+
+
+def _solution(task: ConfigurableTask, doc: dict, filtered: bool = True) -> str:
+    target = task.doc_to_target(doc)
+    target = str(target[0] if isinstance(target, list) else target)
+    return str(next(iter(_filtered(task, doc, target).values()))) if filtered else target
+
+
+# --- tokens
 
 
 def tokenize(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, end: bool) -> datasets.Dataset:
@@ -91,7 +287,7 @@ def tokenize(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, end:
     answer, and trains what a multiple-choice score never looks at.
 
     Args:
-        dataset: Columns `prompt` and `completion`.
+        dataset: Columns `prompt` and `completion`, strings.
         tokenizer: The model's.
         end: Whether a completion ends with the end-of-text token. Generated answers need it.
 

@@ -15,8 +15,8 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_steer import tasks
-from peft_steer.bench import collect, memory, models
+from peft_steer import models, tasks
+from peft_steer.bench import collect, memory
 from peft_steer.bench.command import main
 from peft_steer.bench.plan import load_grid
 

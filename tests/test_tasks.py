@@ -67,10 +67,50 @@ def test_never_the_evaluated_split():
         tasks.sft_dataset(validated)
 
 
+def test_few_shot_prompts_are_the_harness_prompts_without_the_document_itself():
+    rows = {"question": [f"{i}+1?" for i in range(4)], "text": [f"<{i + 1}>" for i in range(4)]}
+    data = {split: datasets.Dataset.from_dict(rows) for split in ("train", "test")}
+    options = {"output_type": "generate_until", "doc_to_target": "text", "custom_dataset": lambda **_: data}
+    task = make_task(**options, validation_split=None, fewshot_split="train", num_fewshot=3)
+    task.set_fewshot_seed(1234)
+    for i, (prompt, completion) in enumerate(zip(*tasks.sft_dataset(task)[:].values(), strict=True)):
+        *shots, question = prompt.split("\n\n")
+        assert question == f"Q: {i}+1?\nA:"
+        assert completion == f" <{i + 1}>"
+        assert sorted(shots) == [f"Q: {j}+1?\nA: <{j + 1}>" for j in range(4) if j != i]
+
+
+def test_chat_messages_carry_the_harness_text():
+    task = multiple_choice(num_fewshot=1, fewshot_config={"sampler": "first_n"}, fewshot_split="validation")
+    row = tasks.sft_dataset(task, apply_chat_template=True, system_instruction="Add.")[1]
+    assert row["prompt"] == [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "Q: 1+1?\nA: two\n\nQ: 2+2?\nA:"},
+    ]
+    assert row["completion"] == [{"role": "assistant", "content": "four"}]
+
+
+def test_preferences_are_the_right_choice_and_a_wrong_one():
+    task = multiple_choice(doc_to_choice=["one", "two", "three", "four"])
+    data = tasks.dpo_dataset(task)
+    assert list(data["prompt"]) == ["Q: 1+1?\nA:", "Q: 2+2?\nA:"]
+    assert list(data["chosen"]) == [" one", " two"]
+    assert set(data["rejected"]) <= {" one", " two", " three", " four"}
+    assert all(row["rejected"] != row["chosen"] for row in data)
+    assert data[:] == tasks.dpo_dataset(task)[:]
+    with pytest.raises(ValueError, match="its choices are in the prompt"):
+        tasks.dpo_dataset(multiple_choice(doc_to_text="answer", doc_to_target="is right"))
+
+
 def test_what_cannot_be_trained_on():
+    with pytest.raises(ValueError, match="watched in training on 'validation', the split that it is evaluated on"):
+        tasks.sft_dataset(multiple_choice(test_split=None), "validation")
+    with pytest.raises(ValueError, match="only of 'generate_until'"):
+        tasks.grpo_dataset(multiple_choice())
+
     with pytest.raises(ValueError, match="has no training split"):
         tasks.sft_dataset(multiple_choice(training_split=None))
-    with pytest.raises(ValueError, match="no training data can be made of output_type 'loglikelihood_rolling'"):
+    with pytest.raises(ValueError, match="no such training data can be made of output_type 'loglikelihood_rolling'"):
         tasks.sft_dataset(make_task(output_type="loglikelihood_rolling", doc_to_target="text"))
 
 

@@ -15,9 +15,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from peft_steer.bench.collect import adapter_path, run_cells
-    from peft_steer.bench.models import find_model
     from peft_steer.bench.plan import load_grid
     from peft_steer.bench.report import write_report
+    from peft_steer.models import find_model
     from peft_steer.tasks import evaluate_on, load_task
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks

@@ -1,7 +1,6 @@
 """The plan of a comparison: a YAML file, checked as a whole before anything is loaded, and the cells that it means."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
@@ -17,6 +16,7 @@ import yaml
 from trl import SFTConfig
 
 import peft_steer  # noqa: F401  (registers the tuner types)
+from peft_steer.suggest import suggest
 
 
 # What the bench sets itself, so a grid's `train` may not.
@@ -186,7 +186,7 @@ def _method(index: int, raw: Any) -> Method:
         return Method(name, {}, (0.0,))
     known = {member.value: config for member, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if type_name not in known:
-        raise ValueError(f"{where}: peft_type: unknown {type_name!r}{_hint(type_name, [*known, 'base'])}")
+        raise ValueError(f"{where}: peft_type: unknown {type_name!r}{suggest(type_name, [*known, 'base'])}")
     if "learning_rate" not in raw:
         raise ValueError(f"{where}: learning_rate: is missing")
     rates = tuple(_rate(f"{where}: learning_rate", r) for r in _listed(raw.pop("learning_rate")))
@@ -248,13 +248,7 @@ def _check_keys(where: str, raw: dict, allowed: Iterable[str], extra: tuple[str,
         if key not in allowed:
             prefix = f"{where}: " if where else ""
             reason = "is set by the bench itself" if key in _OURS and where.endswith("train") else "unknown key"
-            raise ValueError(f"{prefix}{key}: {reason}{_hint(str(key), allowed)}")
-
-
-def _hint(word: str, words: list[str]) -> str:
-    lowered = {w.lower(): w for w in words}
-    close = difflib.get_close_matches(word.lower(), lowered, n=1)
-    return f", did you mean {lowered[close[0]]!r}?" if close else f". Known: {', '.join(sorted(words))}"
+            raise ValueError(f"{prefix}{key}: {reason}{suggest(str(key), allowed)}")
 
 
 def _check_distinct(grid: Grid) -> None:
