@@ -11,7 +11,9 @@ from .registration import add_peft_type
 from .sites import SITES
 
 
-KINDS = ("vector", "linear", "nonlinear", "loreft")
+KINDS = ("vector", "linear", "nonlinear", "loreft", "noreft", "direft", "nodireft")
+WITH_ACTIVATION = ("nonlinear", "noreft", "direft", "nodireft")
+_KINDS_HELP = ", ".join(map(repr, KINDS[:-1])) + f" or {KINDS[-1]!r}"
 STEER = add_peft_type("STEER")
 
 
@@ -32,11 +34,16 @@ class SteerConfig(PeftConfig):
             skip) or `"attention"` (the attention's output before the skip).
         kind (`str`):
             What: `"vector"` (`dh = v`), `"linear"` (`dh = W_up W_down h`, with `use_bias` `+ b`), `"nonlinear"`
-            (`dh = W_up act(W_down h)`) or `"loreft"` (`dh = R^T (W h + b - R h)` with orthonormal rows in `R`).
+            (`dh = W_up act(W_down h)`) or one of ReFT's, by the names of its authors' library: `"loreft"`
+            (`dh = R^T (W h + b - R h)` with orthonormal rows in `R`), `"noreft"` (`dh = W2^T (f(W1 h + b) - W2 h)`),
+            `"direft"` (`dh = R^T f(W h + b)` with orthonormal rows in `R`) or `"nodireft"`
+            (`dh = W2^T f(W1 h + b)`, DiReFT as its paper writes it).
         r (`int`):
             Rank of the edit, at least 1 and at most the hidden size. A `"vector"` has none.
         activation (`str`, *optional*):
-            The nonlinearity of the nonlinear kind: `"silu"` (its default), `"relu"`, `"gelu"` or `"tanh"`.
+            The nonlinearity of the nonlinear kind: `"silu"` (its default), `"relu"`, `"gelu"` or `"tanh"`. For
+            `"noreft"`, `"direft"` and `"nodireft"` it is `f`, by default the identity. (LoReFT has none: with a
+            nonlinear `f` it could not start at `dh = 0`. DiReFT's cannot be `"relu"`, whose gradient is zero there.)
         use_bias (`bool`):
             Whether the linear kind has the bias `b`. (PEFT's name `bias` means the base model's biases.)
         scale (`float`):
@@ -64,11 +71,13 @@ class SteerConfig(PeftConfig):
     """
 
     site: str = field(default="block", metadata={"help": "Where: 'block', 'mlp' or 'attention' (their outputs)."})
-    kind: str = field(default="linear", metadata={"help": "What: 'vector', 'linear', 'nonlinear' or 'loreft'."})
+    kind: str = field(default="linear", metadata={"help": f"What: {_KINDS_HELP}."})
     r: int = field(default=8, metadata={"help": "Rank of the edit."})
     activation: str | None = field(
         default=None,
-        metadata={"help": "Nonlinearity of kind='nonlinear': 'silu' (default), 'relu', 'gelu' or 'tanh'."},
+        metadata={
+            "help": "Nonlinearity, 'silu', 'relu', 'gelu' or 'tanh'; default: 'silu' for 'nonlinear', none for ReFT's."
+        },
     )
     use_bias: bool = field(default=False, metadata={"help": "Whether kind='linear' has a bias b."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
@@ -125,14 +134,7 @@ class SteerConfig(PeftConfig):
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"`{name}={rank!r}` must be an integer of at least 1.")
-        if self.kind == "nonlinear":
-            self.activation = self.activation or "silu"
-            _check_member("activation", self.activation, ACTIVATIONS)
-        elif self.activation is not None:
-            raise ValueError(
-                f"`activation={self.activation!r}` contradicts `kind={self.kind!r}`: only kind='nonlinear' has one. "
-                "Remove `activation` or set `kind='nonlinear'`."
-            )
+        self._check_activation()
         if self.use_bias and self.kind != "linear":
             raise ValueError(
                 f"`use_bias=True` contradicts `kind={self.kind!r}`: only kind='linear' has an optional bias."
@@ -150,6 +152,23 @@ class SteerConfig(PeftConfig):
                 "`layers_pattern` needs `layers_to_transform`: it names the stack that the indices refer to."
             )
 
+    def _check_activation(self) -> None:
+        if self.kind == "nonlinear":
+            self.activation = self.activation or "silu"
+        if self.activation is None:
+            return
+        if self.kind not in WITH_ACTIVATION:
+            raise ValueError(
+                f"`activation={self.activation!r}` contradicts `kind={self.kind!r}`: only the kinds "
+                f"{', '.join(map(repr, WITH_ACTIVATION))} have one. Remove `activation` or choose one of them."
+            )
+        _check_member("activation", self.activation, ACTIVATIONS)
+        if self.kind == "direft" and self.activation == "relu":
+            raise ValueError(
+                "`activation='relu'` contradicts `kind='direft'`: it starts at `f(0)`, where relu's gradient is zero, "
+                "and would never leave it. Choose another activation, or `kind='nodireft'`."
+            )
+
 
 @dataclass
 class PostBlockSteerConfig(SteerConfig):
@@ -159,7 +178,7 @@ class PostBlockSteerConfig(SteerConfig):
     larger.
     """
 
-    kind: str = field(default="nonlinear", metadata={"help": "What: 'vector', 'linear', 'nonlinear' or 'loreft'."})
+    kind: str = field(default="nonlinear", metadata={"help": f"What: {_KINDS_HELP}."})
 
 
 @dataclass
@@ -170,4 +189,4 @@ class LoreftConfig(SteerConfig):
     """
 
     site: str = field(default="mlp", metadata={"help": "Where: 'block', 'mlp' or 'attention' (their outputs)."})
-    kind: str = field(default="loreft", metadata={"help": "What: 'vector', 'linear', 'nonlinear' or 'loreft'."})
+    kind: str = field(default="loreft", metadata={"help": f"What: {_KINDS_HELP}."})

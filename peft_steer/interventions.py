@@ -157,7 +157,7 @@ class FixedVector(Intervention):
         return self.v.to(h.dtype)
 
     def affine(self):
-        return None, _at_least_float32(self.v)
+        return None, at_least_float32(self.v)
 
 
 class LowRank(Intervention):
@@ -212,62 +212,9 @@ class LowRank(Intervention):
     def affine(self):
         if self.activation:
             return None
-        M = _at_least_float32(self.W_up) @ _at_least_float32(self.W_read)
-        return M, None if self.b is None else _at_least_float32(self.b)
+        M = at_least_float32(self.W_up) @ at_least_float32(self.W_read)
+        return M, None if self.b is None else at_least_float32(self.b)
 
 
-class Loreft(Intervention):
-    """`dh = R^T (W h + b - R h)` with orthonormal rows of `R` (LoReFT, arXiv 2404.03592, equation 2).
-
-    `W`: `(r, d)`, `b`: `(r,)`, `R`: `(r, d)`. What is stored and trained for `R` is a matrix `V` of its shape, and
-    `R = L^-1 V` with `L L^T = V V^T` (Cholesky, in float32 or better): the rows of `R` are orthonormal to rounding
-    whatever the optimizer, a cast or a file did to `V`.
-
-    At the start `W = R`, so `dh = 0`. The rows of `R` then have disjoint random supports and entries `+-2^-k`: such a
-    matrix is orthonormal exactly, in every dtype, so that casting the adapter does not disturb `dh = 0` either.
-    """
-
-    def __init__(self, d: int, r: int, init_weights: bool = True, device=None, dtype=None):
-        super().__init__()
-        self.V = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
-        self.W = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.empty(r, device=device, dtype=dtype))
-        self.reset_parameters(init_weights)
-
-    @torch.no_grad()
-    def reset_parameters(self, init_weights: bool = True) -> None:
-        r, d = self.V.shape
-        support = 4 ** int(math.log(d // r, 4))  # the square root of a power of 4 is exact
-        columns = torch.randperm(d, device=self.V.device)[: r * support]
-        rows = torch.arange(r, device=self.V.device).repeat_interleave(support)
-        signs = torch.randint(0, 2, (r * support,), device=self.V.device) * 2 - 1
-        self.V.zero_()
-        self.V[rows, columns] = (signs / math.sqrt(support)).to(self.V.dtype)
-        self.W.copy_(self.V)
-        self.b.zero_()
-        if not init_weights:
-            self.W.add_(torch.randn_like(self.W), alpha=d**-0.5)
-            nn.init.normal_(self.b)
-
-    @property
-    def R(self) -> torch.Tensor:
-        """The orthonormal rows, `(r, d)`, float32 (float64 if the parameters are)."""
-        V = _at_least_float32(self.V)
-        with torch.autocast(V.device.type, enabled=False):
-            return torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
-
-    def delta(self, h: torch.Tensor) -> torch.Tensor:
-        R = self.R.to(h.dtype)
-        return F.linear(F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype)) - F.linear(h, R), R.t())
-
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        R = self.R
-        return low_rank_edit(h, self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
-
-    def affine(self):
-        R = self.R
-        return R.t() @ (self.W.to(R.dtype) - R), R.t() @ self.b.to(R.dtype)
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()

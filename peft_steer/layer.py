@@ -5,7 +5,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import SteerConfig
-from .interventions import FixedVector, Intervention, Loreft, LowRank
+from .interventions import FixedVector, Intervention, LowRank
+from .reft import Direft, Loreft, Nodireft, Noreft
 
 
 CHILD = "steering"  # must not contain the prefix `steer_`, or PEFT takes the container for a weight
@@ -35,6 +36,9 @@ def build_intervention(config: SteerConfig, d: int, r: int, device=None, dtype=N
         return FixedVector(d, **common)
     if config.kind == "loreft":
         return Loreft(d, r, **common)
+    reft = {"noreft": Noreft, "direft": Direft, "nodireft": Nodireft}
+    if config.kind in reft:
+        return reft[config.kind](d, r, activation=config.activation, **common)
     return LowRank(d, r, activation=config.activation, use_bias=config.use_bias, **common)
 
 

@@ -18,9 +18,9 @@ def plan_merge(
 ) -> list[tuple[SteerLayer, nn.Module, list[str]]]:
     """The layers to merge, each with the linear layer that takes its edits and the names of the adapters.
 
-    A fixed vector, and a linear or LoReFT edit of an MLP's or attention's output, is an affine function of what one
-    linear layer returns, unless a norm stands between them. Nothing else is, and a merge that changed nothing would
-    be worse than none: generation from "merged" weights would come from the base model.
+    A fixed vector, and any edit without an activation of an MLP's or attention's output, is an affine function of what
+    one linear layer returns, unless a norm stands between them. Nothing else is, and a merge that changed nothing
+    would be worse than none: generation from "merged" weights would come from the base model.
 
     Args:
         model: the model that holds the layers.
@@ -60,7 +60,7 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
             "removes it."
         )
 
-    if config.kind == "nonlinear":
+    if config.activation is not None:
         refuse("a nonlinear edit equals no change of a weight")
     if config.site == "block" and config.kind != "vector":
         refuse("it reads the skip connection, which is no linear layer's output")

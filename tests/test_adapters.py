@@ -20,7 +20,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from tiny import ARCHITECTURES, KINDS, METHODS, SITES, inputs, make, randomize, steer_layers
+from tiny import ARCHITECTURES, KINDS, METHODS, SITES, STORED, inputs, make, randomize, steer_layers
 
 from peft_steer import LoreftConfig, PostBlockSteerConfig, SteerConfig
 
@@ -70,7 +70,7 @@ def test_importing_again_keeps_the_registration():
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_save_and_load(method, tmp_path, kind, dtype, autocast, low_cpu_mem_usage):
     """Every tensor comes back equal, in the adapter's own precision; so do the logits."""
     model = get_peft_model(make(dtype=dtype), METHODS[method](r=4, **KINDS[kind]), autocast_adapter_dtype=autocast)

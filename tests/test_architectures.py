@@ -10,6 +10,7 @@ from tiny import (
     DECODERS,
     KINDS,
     METHODS,
+    REFT,
     SITES,
     STACKS,
     inputs,
@@ -29,7 +30,9 @@ def test_identity_at_the_start(method, architecture, site):
     """Bit-equal logits for every kind; exactly one layer for every text block."""
     x = inputs(architecture)
     base = make(architecture)(**x).logits
-    for kind in KINDS.values():
+    for name, kind in KINDS.items():
+        if name in REFT and architecture != "llama":
+            continue
         model = get_peft_model(make(architecture), METHODS[method](site=site, r=4, **kind)).eval()
         assert torch.equal(model(**x).logits, base)
         layers = list(steer_layers(model.get_base_model()))
@@ -37,12 +40,14 @@ def test_identity_at_the_start(method, architecture, site):
         assert len(layers) == 3 * len(stacks)
         for stack in stacks:
             for i in range(3):
-                assert sum(name.startswith(f"{stack}.{i}.") or name == f"{stack}.{i}" for name in layers) == 1
+                assert sum(layer.startswith(f"{stack}.{i}.") or layer == f"{stack}.{i}" for layer in layers) == 1
 
 
-@pytest.mark.parametrize("kind", ["silu", "loreft", "linear_bias"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [*((a, kind) for a in ARCHITECTURES for kind in ("silu", "loreft", "linear_bias")), *(("llama", k) for k in REFT)],
+)
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_model_computes_the_equation(architecture, site, kind):
     """Each steered module's output is what the block (or the skip connection) receives plus the equation, and nothing
     else differs: the base model with a plain hook that adds the reference gives the same logits."""

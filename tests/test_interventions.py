@@ -115,12 +115,13 @@ def test_autocast_does_not_change_the_dtype_of_the_hidden_state(kind):
         assert torch.equal(module(h), edit(kind)(h).to(torch.float32))
 
 
+@pytest.mark.parametrize("kind", ["loreft", "direft"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loreft_stays_orthonormal(dtype):
+def test_rows_stay_orthonormal(dtype, kind):
     """After training steps in its own dtype, with weight decay and a large rate, and after a round trip through
     bf16."""
     torch.manual_seed(0)
-    module = build_intervention(SteerConfig(kind="loreft"), 64, 8, dtype=dtype)
+    module = build_intervention(SteerConfig(kind=kind), 64, 8, dtype=dtype)
     start = module.R.clone()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.05, weight_decay=0.1)
     for _ in range(50):

@@ -6,12 +6,12 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURES, KINDS, SITES, SMALL, inputs, make, randomize, steer_layers
+from tiny import ARCHITECTURES, KINDS, REFT, SITES, SMALL, inputs, make, randomize, steer_layers
 
 from peft_steer import SteerConfig
 
 
-AFFINE = ("vector", "linear", "linear_bias", "loreft")
+AFFINE = ("vector", "linear", "linear_bias", "loreft", "noreft", "direft", "nodireft")
 NORM_BETWEEN = {"gemma2", "gemma3"}
 EXPERTS = {"mixtral", "qwen3_moe"}
 
@@ -35,9 +35,14 @@ def mergeable(architecture, site, kind):
     return not (architecture == "bert" and site == "block")
 
 
-@pytest.mark.parametrize("kind", [*AFFINE, "silu"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        *((a, kind) for a in ARCHITECTURES for kind in (*AFFINE, "silu") if kind not in REFT),
+        *(("llama", kind) for kind in REFT),
+    ],
+)
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_merging(tmp_path, architecture, site, kind):
     model = steered(architecture, site=site, scale=0.5, **KINDS[kind])
     plain, expected = logits(make(architecture), architecture), logits(model, architecture)

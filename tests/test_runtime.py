@@ -146,7 +146,7 @@ def adapter(trainer):
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".steer_edit." in n}
 
 
-@pytest.mark.parametrize("kind", ["vector", "linear_bias", "silu", "loreft"])
+@pytest.mark.parametrize("kind", ["vector", "linear_bias", "silu", "loreft", "noreft", "direft", "nodireft"])
 def test_sft_and_resume(tmp_path, tiny_llama, data, kind):
     """An interrupted run that is resumed ends with the same adapter, bit for bit; the file holds it."""
     config = {"r": 4, "task_type": "CAUSAL_LM", **KINDS[kind]}

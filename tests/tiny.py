@@ -130,7 +130,15 @@ KINDS = {
     "gelu": {"kind": "nonlinear", "activation": "gelu"},
     "tanh": {"kind": "nonlinear", "activation": "tanh"},
     "loreft": {"kind": "loreft"},
+    "noreft": {"kind": "noreft"},
+    "direft": {"kind": "direft"},
+    "direft_tanh": {"kind": "direft", "activation": "tanh"},
+    "nodireft": {"kind": "nodireft"},
+    "nodireft_relu": {"kind": "nodireft", "activation": "relu"},
 }
+# one for each set of parameters
+STORED = [name for name in KINDS if name not in ("relu", "gelu", "tanh", "direft_tanh", "nodireft_relu")]
+REFT = ("noreft", "direft", "direft_tanh", "nodireft", "nodireft_relu")
 SITES = ("block", "mlp", "attention")
 
 
@@ -174,11 +182,16 @@ def reference_delta(edit: nn.Module, h: torch.Tensor) -> torch.Tensor:
     h = h.double()
     if "v" in p:
         return p["v"].expand_as(h)
-    if "V" in p:
+    act = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}[
+        getattr(edit, "activation", None)
+    ]
+    kind = type(edit).__name__
+    if kind in ("Loreft", "Direft"):
         R = torch.stack(_gram_schmidt(list(p["V"])))
-        return (h @ p["W"].T + p["b"] - h @ R.T) @ R
+        return (act(h @ p["W"].T + p["b"]) - (h @ R.T if kind == "Loreft" else 0.0)) @ R
+    if kind in ("Noreft", "Nodireft"):
+        return (act(h @ p["W1"].T + p["b"]) - (h @ p["W2"].T if kind == "Noreft" else 0.0)) @ p["W2"]
     z = h @ p["W_down"].T
-    act = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}[edit.activation]
     return act(z) @ p["W_up"].T + p.get("b", 0.0)
 
 

@@ -18,6 +18,9 @@ PRESETS = {
     "post_block_linear": "STEER:kind=linear",
     "vector": "STEER:kind=vector",
     "loreft": "STEER:kind=loreft,site=mlp",
+    "noreft": "STEER:kind=noreft,site=mlp",
+    "direft": "STEER:kind=direft,site=mlp",
+    "nodireft": "STEER:kind=nodireft,site=mlp",
     "joint": "JOINT_STEER_LORA:r=8,target_modules=all-linear",
 }
 # The least that trains anything in block 0: a vector added to its output, for which nothing is kept.

@@ -49,11 +49,9 @@ class JointSteerLoraConfig(LoraConfig):
     """
 
     steer_site: str = field(default="block", metadata={"help": "Where to steer: 'block', 'mlp' or 'attention'."})
-    steer_kind: str = field(default="nonlinear", metadata={"help": "'vector', 'linear', 'nonlinear' or 'loreft'."})
+    steer_kind: str = field(default="nonlinear", metadata={"help": "What: as SteerConfig's kind."})
     steer_r: int = field(default=8, metadata={"help": "Rank of the edit."})
-    steer_activation: str | None = field(
-        default=None, metadata={"help": "With steer_kind='nonlinear': 'silu' (default), 'relu', 'gelu' or 'tanh'."}
-    )
+    steer_activation: str | None = field(default=None, metadata={"help": "Nonlinearity, as SteerConfig's activation."})
     steer_use_bias: bool = field(default=False, metadata={"help": "Whether steer_kind='linear' has a bias b."})
     steer_scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
     steer_positions: str = field(default="all", metadata={"help": "Which tokens are edited: 'all'."})
@@ -114,7 +112,10 @@ class JointSteerLoraConfig(LoraConfig):
         if self.orthogonal not in ("always", "periodic"):
             return
         unsuited = {
-            "steer_kind": (self.steer_kind in ("vector", "loreft"), "only 'linear' and 'nonlinear' have a `W_down`"),
+            "steer_kind": (
+                self.steer_kind not in ("linear", "nonlinear"),
+                "only 'linear' and 'nonlinear' have a `W_down`",
+            ),
             "steer_site": (self.steer_site == "attention", "what is edited there is not what the MLP writes"),
             "target_parameters": (bool(self.target_parameters), "no single linear layer returns the experts' output"),
         }
