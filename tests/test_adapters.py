@@ -74,7 +74,7 @@ def test_importing_again_keeps_the_registration():
 def test_save_and_load(method, tmp_path, kind, dtype, autocast, low_cpu_mem_usage):
     """Every tensor comes back equal, in the adapter's own precision; so do the logits."""
     model = get_peft_model(make(dtype=dtype), METHODS[method](r=4, **KINDS[kind]), autocast_adapter_dtype=autocast)
-    randomize(model, std=0.5)
+    randomize(model, std=0.2)
     assert {p.dtype for p in adapter_state(model).values()} == {torch.float32 if autocast else dtype}
     model.eval().save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
