@@ -20,24 +20,22 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from tiny import ARCHITECTURES, KINDS, METHODS, SITES, STORED, inputs, make, randomize, steer_layers
+from tiny import (
+    ARCHITECTURES,
+    KINDS,
+    METHODS,
+    SITES,
+    STORED,
+    adapted,
+    adapter_state,
+    inputs,
+    logits,
+    make,
+    randomize,
+    steer_layers,
+)
 
 from peft_steer import LoreftConfig, PostBlockSteerConfig, SteerConfig
-
-
-def steered(architecture="llama", dtype=torch.float32, seed=1, method="steer", **config):
-    model = get_peft_model(make(architecture, dtype), METHODS[method](**{"r": 4, "kind": "nonlinear", **config}))
-    randomize(model, std=0.5, seed=seed)
-    return model.eval()
-
-
-def adapter_state(model, name="default"):
-    return {k: p for k, p in model.state_dict().items() if f".{name}." in k}
-
-
-def logits(model, architecture="llama", **kwargs):
-    with torch.no_grad():
-        return model(**inputs(architecture), **kwargs).logits
 
 
 # --- registration
@@ -100,7 +98,7 @@ def test_save_and_load(method, tmp_path, kind, dtype, autocast, low_cpu_mem_usag
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_save_and_load_by_every_loader(method, tmp_path, architecture, site):
-    model = steered(architecture, method=method, site=site)
+    model = adapted(architecture, method=method, site=site)
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model, architecture)
     assert not torch.equal(expected, logits(make(architecture), architecture))
@@ -165,7 +163,7 @@ def test_transformers_own_adapter_methods(tmp_path):
     ("damage", "message"), [("missing", "lacks"), ("extra", "extra"), ("nan", "finite"), ("shape", "shape")]
 )
 def test_a_damaged_checkpoint_is_refused(method, damage, message):
-    state = {k: v.clone() for k, v in get_peft_model_state_dict(steered(method=method)).items()}
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(adapted(method=method)).items()}
     key = next(name for name in state if "W_down" in name)
     if damage == "missing":
         del state[key]
@@ -176,14 +174,14 @@ def test_a_damaged_checkpoint_is_refused(method, damage, message):
     else:
         state[key] = state[key][:2]
     with pytest.raises(ValueError, match=message):
-        set_peft_model_state_dict(steered(method=method), state)
+        set_peft_model_state_dict(adapted(method=method), state)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 2}, {"hidden_size": 16}, {"num_hidden_layers": 4}])
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
 def test_another_width_or_depth_is_refused(method, tmp_path, loader, change):
-    steered(method=method).save_pretrained(tmp_path)
+    adapted(method=method).save_pretrained(tmp_path)
     other = tf.LlamaForCausalLM(tf.LlamaConfig(**{**make().config.to_dict(), **change}))
     with pytest.raises(ValueError, match=r"made for a model with (steer_)?hidden_size=32 and (steer_)?num_blocks=3"):
         PeftModel.from_pretrained(other, tmp_path) if loader == "peft" else other.load_adapter(str(tmp_path))
@@ -280,10 +278,11 @@ def test_a_vision_tower_can_be_named():
 # --- several adapters
 
 
-def test_several_adapters():
-    model = steered()
-    model.add_adapter("loreft", LoreftConfig(r=2))
-    model.add_adapter("late", SteerConfig(kind="vector", layers_to_transform=[2]))
+@pytest.mark.parametrize("method", METHODS)
+def test_several_adapters(method):
+    model = adapted(method=method)
+    model.add_adapter("loreft", METHODS[method](kind="loreft", site="mlp", r=2))
+    model.add_adapter("late", METHODS[method](kind="vector", layers_to_transform=[2]))
     randomize(model, std=0.5, seed=2)
     alone = {}
     for name in ("default", "loreft", "late"):
@@ -291,7 +290,7 @@ def test_several_adapters():
         assert model.active_adapters == [name]
         alone[name] = logits(model)
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-        assert trainable == {n for n, _ in model.named_parameters() if f".steer_edit.{name}." in n}
+        assert trainable == {n for n, _ in model.named_parameters() if f".{name}." in n}
     assert len({x.sum().item() for x in alone.values()}) == 3
     model.base_model.set_adapter(["default", "late"])
     both = logits(model)
@@ -305,7 +304,7 @@ def test_several_adapters():
 
 
 def test_active_adapters_read_the_same_hidden_state():
-    model = steered(site="block", layers_to_transform=[2])
+    model = adapted(site="block", layers_to_transform=[2])
     model.add_adapter("other", SteerConfig(r=4, kind="linear", layers_to_transform=[2]))
     randomize(model, std=0.5, seed=2)
     model.base_model.set_adapter(["default", "other"])
@@ -319,10 +318,16 @@ def test_active_adapters_read_the_same_hidden_state():
 
 
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "bert", "t5"])
-def test_rows_with_different_adapters(architecture, site):
-    model = steered(architecture, site=site)
-    model.add_adapter("other", SteerConfig(site=site, r=2, kind="loreft"))
+@pytest.mark.parametrize(
+    ("method", "architecture"),
+    [
+        *(("steer", name) for name in ("llama", "opt", "gpt2", "bert", "t5")),
+        *(("joint", name) for name in ("llama", "gpt2", "bert", "t5")),  # OPT flattens rows: LoRA refuses to mix them
+    ],
+)
+def test_rows_with_different_adapters(method, architecture, site):
+    model = adapted(architecture, method=method, site=site)
+    model.add_adapter("other", METHODS[method](site=site, r=2, kind="loreft"))
     randomize(model, std=0.5, seed=2)
     x = inputs(architecture, rows=4)
     names = ["other", "__base__", "default", "other"]
@@ -335,7 +340,7 @@ def test_rows_with_different_adapters(architecture, site):
             else:
                 model.set_adapter(name)
                 expected = model(**x).logits[row]
-            torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
     model.set_adapter("default")
     assert torch.equal(model(**x).logits, model(**x, adapter_names=["default"] * 4).logits)
 
@@ -376,37 +381,40 @@ def test_rows_with_a_head_of_their_own_and_beams():
 
 def test_rows_are_counted_by_the_inputs():
     """Whatever else is passed first."""
-    model, ids = steered(), inputs()["input_ids"]
+    model, ids = adapted(), inputs()["input_ids"]
     positions = torch.arange(ids.shape[1])[None]
     found = model(position_ids=positions, input_ids=ids, adapter_names=["default", "__base__"]).logits
     assert torch.equal(found, model(input_ids=ids, adapter_names=["default", "__base__"]).logits)
 
 
-def test_bad_adapter_names_per_row():
-    model = steered()
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_adapter_names_per_row(method):
+    model = adapted(method=method)
     with pytest.raises(ValueError, match="non-existing adapter"):
         model(**inputs(), adapter_names=["default", "typo"])
     with pytest.raises(ValueError, match="same as the number of inputs"):
         model(**inputs(rows=4), adapter_names=["default", "default"])
     with pytest.raises(ValueError, match="training mode"):
         model.train()(**inputs(), adapter_names=["default", "default"])
-    model.eval()
-    merged = steered(site="mlp", kind="linear")
+    assert all(layer.row_adapters is None for layer in steer_layers(model.get_base_model()).values())
+
+
+def test_rows_of_a_merged_model_are_refused():
+    merged = adapted(site="mlp", kind="linear")
     merged.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
         merged(**inputs(), adapter_names=["default", "default"])
-    assert all(layer.row_adapters is None for layer in steer_layers(model.get_base_model()).values())
 
 
 # --- strength
 
 
 def test_scale():
-    model = steered(kind="vector", scale=0.5)
+    model = adapted(kind="vector", scale=0.5)
     half = logits(model)
     model.set_scale("default", 2.0)
     full = logits(model)
-    torch.testing.assert_close(full, logits(steered(kind="vector", scale=1.0)))
+    torch.testing.assert_close(full, logits(adapted(kind="vector", scale=1.0)))
     model.scale_layer(0.5)
     torch.testing.assert_close(logits(model), half)
     model.unscale_layer(0.5)
@@ -425,7 +433,7 @@ def test_scale():
 
 
 def test_status(capsys):
-    model = steered()
+    model = adapted()
     model.add_adapter("other", SteerConfig(kind="vector", layers_to_transform=[2]))
     status = get_model_status(model)
     assert (status.adapter_model_type, status.num_adapter_layers, status.active_adapters) == (
@@ -467,7 +475,7 @@ def test_unload(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
 def test_copies_are_independent(method, how):
-    model = steered(method=method)
+    model = adapted(method=method)
     before = logits(model)
     if how == "deepcopy":
         other = copy.deepcopy(model)

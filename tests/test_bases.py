@@ -3,24 +3,10 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from tiny import KINDS, METHODS, inputs, make, randomize
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from tiny import BASES, KINDS, METHODS, inputs, logits, make, randomize
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_steer import SteerConfig
-
-
-BASES = {
-    "fp32": {"dtype": torch.float32},
-    "bf16": {"dtype": torch.bfloat16},
-    "fp16": {"dtype": torch.float16},
-    "nf4": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")},
-    "nf4_double": {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-        )
-    },
-    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
-}
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +21,6 @@ def checkpoint(tmp_path_factory):
 
 def load(checkpoint, base):
     return AutoModelForCausalLM.from_pretrained(checkpoint, **BASES[base]).eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(**inputs()).logits
 
 
 def train(model, steps=8, lr=0.02):

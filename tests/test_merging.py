@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURES, KINDS, REFT, SITES, SMALL, inputs, make, randomize, steer_layers
+from tiny import ARCHITECTURES, KINDS, REFT, SITES, SMALL, adapted, logits, make, randomize, steer_layers
 
 from peft_steer import SteerConfig
 
@@ -14,17 +14,6 @@ from peft_steer import SteerConfig
 AFFINE = ("vector", "linear", "linear_bias", "loreft", "noreft", "direft", "nodireft")
 NORM_BETWEEN = {"gemma2", "gemma3"}
 EXPERTS = {"mixtral", "qwen3_moe"}
-
-
-def steered(architecture="llama", dtype=torch.float32, seed=1, **config):
-    model = get_peft_model(make(architecture, dtype), SteerConfig(**{"r": 4, **config})).eval()
-    randomize(model, std=0.5, seed=seed)
-    return model
-
-
-def logits(model, architecture="llama"):
-    with torch.no_grad():
-        return model(**inputs(architecture)).logits
 
 
 def mergeable(architecture, site, kind):
@@ -44,7 +33,7 @@ def mergeable(architecture, site, kind):
 )
 @pytest.mark.parametrize("site", SITES)
 def test_merging(tmp_path, architecture, site, kind):
-    model = steered(architecture, site=site, scale=0.5, **KINDS[kind])
+    model = adapted(architecture, site=site, scale=0.5, **KINDS[kind])
     plain, expected = logits(make(architecture), architecture), logits(model, architecture)
     state = copy.deepcopy(model.state_dict())
     if not mergeable(architecture, site, kind):
@@ -84,7 +73,7 @@ def test_merging(tmp_path, architecture, site, kind):
     ("architecture", "saved"), [("llama", False), ("qwen3", False), ("gpt2", True), ("opt", True)]
 )
 def test_a_bias_that_the_configuration_does_not_have_is_not_lost_silently(tmp_path, architecture, saved):
-    merged = steered(architecture, kind="vector").merge_and_unload()
+    merged = adapted(architecture, kind="vector").merge_and_unload()
     if saved:
         merged.save_pretrained(tmp_path)
     else:
@@ -96,7 +85,7 @@ def test_a_bias_that_the_configuration_does_not_have_is_not_lost_silently(tmp_pa
 
 
 def test_the_adapter_itself_is_saved_while_merged(tmp_path):
-    model = steered(site="mlp", kind="linear")
+    model = adapted(site="mlp", kind="linear")
     expected = logits(model)
     model.merge_adapter()
     model.save_pretrained(tmp_path)
@@ -105,14 +94,14 @@ def test_the_adapter_itself_is_saved_while_merged(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merging_in_half_precision(dtype):
-    model = steered(dtype=dtype, site="mlp", kind="linear")
+    model = adapted(dtype=dtype, site="mlp", kind="linear")
     expected, plain = logits(model), logits(make(dtype=dtype))
     merged = logits(model.merge_and_unload())
     assert (merged - expected).norm() < 0.1 * (expected - plain).norm()
 
 
 def test_two_adapters():
-    model = steered(site="mlp", kind="linear")
+    model = adapted(site="mlp", kind="linear")
     model.add_adapter("other", SteerConfig(r=2, site="mlp", kind="linear", use_bias=True))
     randomize(model, std=0.5, seed=2)
     model.base_model.set_adapter(["default", "other"])
@@ -129,7 +118,7 @@ def test_two_adapters():
 
 
 def test_unloading_with_one_of_two_merged():
-    model = steered(site="mlp", kind="linear")
+    model = adapted(site="mlp", kind="linear")
     model.add_adapter("other", SteerConfig(r=2, site="mlp", kind="linear"))
     randomize(model, std=0.5)
     expected = logits(model)
@@ -141,7 +130,7 @@ def test_unloading_with_one_of_two_merged():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_merging_leaves_the_mode_alone(training):
-    model = steered(kind="vector").train(training)
+    model = adapted(kind="vector").train(training)
     model.get_base_model().model.layers[1].eval()
     modes = [m.training for m in model.modules()]
     model.merge_adapter()
@@ -164,21 +153,21 @@ def test_post_norm_and_scaled_blocks_are_refused():
 
 
 def test_an_unknown_adapter_is_not_merged_silently():
-    model = steered(kind="vector")
+    model = adapted(kind="vector")
     for merge in (model.merge_adapter, lambda names: model.merge_and_unload(adapter_names=names)):
         with pytest.raises(ValueError, match=r"no adapters \['typo'\]"):
             merge(["typo"])
 
 
 def test_merging_while_disabled_is_refused():
-    model = steered(kind="vector")
+    model = adapted(kind="vector")
     with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
         model.merge_adapter()
 
 
 def test_a_vector_below_an_edit_that_would_read_it():
     """Folded into the MLP, the block's vector would be seen by the edit at the MLP's output."""
-    model = steered(site="block", kind="vector")
+    model = adapted(site="block", kind="vector")
     model.add_adapter("reader", SteerConfig(site="mlp", kind="linear", r=4))
     randomize(model, std=0.5)
     model.base_model.set_adapter(["default", "reader"])
@@ -190,7 +179,7 @@ def test_a_vector_below_an_edit_that_would_read_it():
 
 
 def test_strength_changes_nowhere_if_a_layer_is_merged():
-    model = steered(kind="vector", layers_to_transform=[0, 1])
+    model = adapted(kind="vector", layers_to_transform=[0, 1])
     model.add_adapter("other", SteerConfig(site="mlp", kind="vector", layers_to_transform=[2]))
     model.base_model.set_adapter(["default", "other"])
     model.merge_adapter(["other"])
@@ -201,14 +190,14 @@ def test_strength_changes_nowhere_if_a_layer_is_merged():
 
 
 def test_two_sites_in_one_linear_are_refused():
-    model = steered(site="block", kind="vector")
+    model = adapted(site="block", kind="vector")
     model.add_adapter("other", SteerConfig(site="mlp", kind="vector"))
     with pytest.raises(ValueError, match="same linear layer"):
         model.merge_adapter(["default", "other"])
 
 
 def test_safe_merge():
-    model = steered(site="mlp", kind="linear")
+    model = adapted(site="mlp", kind="linear")
     before = copy.deepcopy(model.state_dict())
     layer = next(iter(steer_layers(model.get_base_model()).values()))
     with torch.no_grad():
@@ -219,6 +208,6 @@ def test_safe_merge():
 
 
 def test_unload_of_a_merged_model_is_the_base():
-    model = steered(site="mlp", kind="linear")
+    model = adapted(site="mlp", kind="linear")
     model.merge_adapter()
     assert torch.equal(logits(model.unload()), logits(make()))

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_steer import JointSteerLoraConfig, SteerConfig
@@ -141,6 +142,20 @@ STORED = [name for name in KINDS if name not in ("relu", "gelu", "tanh", "direft
 REFT = ("noreft", "direft", "direft_tanh", "nodireft", "nodireft_relu")
 SITES = ("block", "mlp", "attention")
 
+# arguments of `from_pretrained`, by what the base's weights are
+BASES = {
+    "fp32": {"dtype": torch.float32},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "nf4": {"quantization_config": tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")},
+    "nf4_double": {
+        "quantization_config": tf.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    },
+    "int8": {"quantization_config": tf.BitsAndBytesConfig(load_in_8bit=True)},
+}
+
 
 def joint_config(**steer) -> JointSteerLoraConfig:
     """The joint adapter whose steering half has these arguments of SteerConfig."""
@@ -174,6 +189,25 @@ def randomize(model: nn.Module, std: float = 0.1, seed: int = 1) -> None:
         for name, p in model.named_parameters():
             if ".steering." in name or ".lora_" in name:
                 p.copy_(std * torch.randn(p.shape, generator=generator))
+
+
+def adapted(
+    architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 1, method: str = "steer", **config
+) -> PeftModel:
+    """A tiny model with a random adapter."""
+    model = get_peft_model(make(architecture, dtype), METHODS[method](**{"r": 4, "kind": "nonlinear", **config}))
+    randomize(model, std=0.5, seed=seed)
+    return model.eval()
+
+
+def logits(model: nn.Module, architecture: str = "llama", **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs(architecture), **kwargs).logits
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
+    """A copy of all tensors of the adapter of that name."""
+    return {key: x.detach().clone() for key, x in model.state_dict().items() if f".{name}." in key}
 
 
 def reference_delta(edit: nn.Module, h: torch.Tensor) -> torch.Tensor:

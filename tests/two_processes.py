@@ -2,24 +2,19 @@
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from tiny import inputs, make, steer_layers
+from joint_models import joint
+from peft import get_peft_model_state_dict
+from tiny import inputs, steer_layers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_steer import JointSteerLoraConfig, orthogonality
+from peft_steer import orthogonality
 
 
 STEPS = 4
-
-
-def model(config: dict) -> PeftModel:
-    torch.manual_seed(0)
-    config = JointSteerLoraConfig(r=4, steer_r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config)
-    return get_peft_model(make(), config).train()
 
 
 def train(rank: int, address: str, modes: dict[str, dict], out: str) -> None:
@@ -37,7 +32,7 @@ def train(rank: int, address: str, modes: dict[str, dict], out: str) -> None:
 
 
 def _train(rank: int, kind: str, config: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
-    adapted = model(config)
+    adapted = joint(**config).train()
     if kind == "fsdp2":
         mesh = init_device_mesh("cpu", (2,))
         for block in adapted.get_base_model().model.layers:

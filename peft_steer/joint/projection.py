@@ -8,6 +8,7 @@ orthogonal to `B` is `P(W) = W - (W B)(B^T B)^-1 B^T` (arXiv 2603.00425, joint a
 import weakref
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -150,7 +151,7 @@ class JointLowRank(LowRank):
     def B(self) -> torch.Tensor:
         """`lora_B` of the linear layer that ends the block's MLP, `(d, r_lora)`."""
         lora, adapter_name = self._lora
-        return lora.lora_B[adapter_name].weight
+        return _stored(lora.lora_B[adapter_name], "weight")
 
     @property
     def W_read(self) -> torch.Tensor:
@@ -162,7 +163,7 @@ class JointLowRank(LowRank):
 
     def overlap(self) -> float:
         """Overlap of what is read with `lora_B`. Collective where the parameters are distributed."""
-        W, B = _whole(self.W_down), _whole(self.B)
+        W, B = _whole(_stored(self, "W_down")), _whole(self.B)
         return overlap(project(W, B) if self.orthogonal == "always" else W, B).item()
 
     @torch.no_grad()
@@ -170,6 +171,8 @@ class JointLowRank(LowRank):
         """Project `W_down` in place. Collective where the parameters are distributed."""
         W = self.W_down
         _refuse_flat_parameter(W)
+        if W.is_meta:
+            raise RuntimeError("`W_down` is offloaded and cannot be projected in place: project before offloading.")
         new = projected(_whole(W), _whole(self.B))
         if isinstance(W, DTensor):  # every rank has computed the same
             new = distribute_tensor(new, W.device_mesh, W.placements, src_data_rank=None)
@@ -185,6 +188,19 @@ class JointLowRank(LowRank):
 
 
 _live: "weakref.WeakSet[JointLowRank]" = weakref.WeakSet()
+
+
+def _stored(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter; its data too if accelerate has offloaded it, between calls of its module."""
+    p = getattr(module, name)
+    if not p.is_meta:
+        return p
+    if not hasattr(module, "_hf_hook"):
+        raise RuntimeError(
+            f"`{name}` of {type(module).__name__} is on the meta device, without data: PEFT's LoRA cannot be put into "
+            "a model that is offloaded already. Adapt the model first, then offload it."
+        )
+    return module._hf_hook.weights_map[name]
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
