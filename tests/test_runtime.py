@@ -17,9 +17,15 @@ methods = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.mark.parametrize(
-    ("kind", "site"), [("silu", "block"), ("linear_bias", "block"), ("loreft", "mlp"), ("vector", "attention")]
+    ("method", "kind", "site"),
+    [
+        ("steer", "silu", "block"),
+        ("steer", "linear_bias", "block"),
+        ("steer", "loreft", "mlp"),
+        ("steer", "vector", "attention"),
+        ("joint", "silu", "block"),
+    ],
 )
-@methods
 def test_compile_without_graph_breaks(method, kind, site):
     model = adapted(method=method, site=site, **KINDS[kind])
     x = inputs()
