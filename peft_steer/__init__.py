@@ -3,6 +3,8 @@
 Importing this package registers its tuner types with PEFT.
 """
 
+from importlib.metadata import version
+
 from .config import LoreftConfig, PostBlockSteerConfig, SteerConfig
 from .joint import (
     JointOptimizer,
@@ -14,6 +16,8 @@ from .joint import (
 )
 from .model import SteerModel
 
+
+__version__ = version("peft-steer")
 
 __all__ = [
     "JointOptimizer",

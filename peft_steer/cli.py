@@ -8,6 +8,9 @@ import sys
 COMMANDS = {
     "bench": ("peft_steer.bench.command", "compare PEFT methods on a task, as a grid file says"),
     "cost": ("peft_steer.cost", "measure the memory and the time of PEFT methods on a model"),
+    "sft": ("peft_steer.train.sft", "fine-tune with TRL's SFTTrainer, as a recipe says"),
+    "grpo": ("peft_steer.train.grpo", "reinforcement learning with TRL's GRPOTrainer"),
+    "dpo": ("peft_steer.train.dpo", "preference optimization with TRL's DPOTrainer"),
     "lm-eval": ("peft_steer.harness", "lm-evaluation-harness, knowing our adapters and tasks"),
 }
 _USAGE = "usage: peft-steer COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())

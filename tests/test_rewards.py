@@ -1,5 +1,6 @@
 """A task's metric as a GRPO reward: what the harness would score for the same text."""
 
+import datasets
 import lm_eval
 import pytest
 from lm_eval.api.model import LM
@@ -32,19 +33,13 @@ GENERATIONS = ["#### two", "two", "so #### TWO", " #### two\nQ: more", "no Q: ##
 
 
 class Says(LM):
-    """A model that answers every document with one text, cut at the stop strings, as `HFLM` cuts."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.text = text
+    """A model that gives each document its generation, cut at the stop strings, as `HFLM` cuts."""
 
     def generate_until(self, requests, disable_tqdm=False):
-        texts = []
-        for request in requests:
-            text = self.text
+        texts = list(GENERATIONS)
+        for i, request in enumerate(requests):
             for stop in request.args[1]["until"]:
-                text = text.split(stop)[0]
-            texts.append(text)
+                texts[i] = texts[i].split(stop)[0]
         return texts
 
     def loglikelihood(self, requests):
@@ -53,21 +48,20 @@ class Says(LM):
     loglikelihood_rolling = loglikelihood
 
 
-@pytest.mark.parametrize("metric", ["exact_match,strict", "exact_match,loose"])
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_the_reward_is_the_harness_score(generation, metric):
-    task = generative()
-    data = tasks.grpo_dataset(task)  # the documents of every split are the same here
-    reward = tasks.reward_function(task, metric)
-    rewards = reward(completions=[generation] * len(data), **{k: list(data[k]) for k in ("split", "doc_id")})
+def test_the_reward_is_the_harness_score():
+    rows = {"question": GENERATIONS, "text": ["two"] * len(GENERATIONS)}
+    splits = {split: datasets.Dataset.from_dict(rows) for split in ("train", "test")}
+    task = generative(custom_dataset=lambda **_: splits, validation_split=None)
+    data = tasks.grpo_dataset(task)
+    columns = {name: list(data[name]) for name in ("split", "doc_id")}
     harness = lm_eval.simple_evaluate(
-        Says(generation),
-        tasks=[generative()],
-        task_manager=TaskManager(include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=False,
+        Says(), tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
     )
-    assert sum(rewards) / len(rewards) == harness["results"]["made_up"][metric]
+    for name, expected in (("strict", [1, 0, 1, 1, 0, 0, 0]), ("loose", [1, 1, 0, 1, 0, 0, 0])):
+        samples = [sample for sample in harness["samples"]["made_up"] if sample["filter"] == name]
+        scores = [sample["exact_match"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+        reward = tasks.reward_function(task, f"exact_match,{name}")
+        assert reward(completions=GENERATIONS, **columns) == scores == expected
 
 
 def test_columns_of_the_data():

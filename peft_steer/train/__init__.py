@@ -1,0 +1,1 @@
+"""`peft-steer sft`, `grpo` and `dpo`: TRL's trainers, unchanged, on recipes."""

@@ -1,0 +1,65 @@
+"""A check before the first training step: the adapter really acts, and the loss is finite."""
+
+import logging
+
+import torch
+from peft import PeftModel
+from transformers import Trainer
+
+from peft_steer.injection import keep_bnb_gradients
+from peft_steer.layer import SteerLayer
+
+
+logger = logging.getLogger(__name__)
+_TOKENS = 32
+
+
+def preflight(trainer: Trainer, text: str) -> None:
+    """Prints what is trained, after a forward pass on a few tokens with the adapter as it is and one with its weights
+    shaken. Nothing is left changed, the state of the random generators included.
+
+    Args:
+        trainer: any of TRL's, before `train()`.
+        text: whose first 32 tokens are the input.
+
+    Raises:
+        RuntimeError: if nothing is trained, if the loss is not finite, or if the adapter's weights change no logits.
+    """
+    model = trainer.model
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise RuntimeError("Pre-flight: nothing is trained, no parameter requires a gradient.")
+    blocks = {id(m._steered[0]) for m in model.modules() if isinstance(m, SteerLayer)}
+    n = sum(p.numel() for p in trained.values())
+    logger.info("Pre-flight: %d steered modules, %s trainable parameters.", len(blocks), f"{n:,}")
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        logger.warning("Pre-flight: no forward pass is tried, ZeRO-3 has already taken the parameters apart.")
+        return
+    ids = trainer.processing_class(text=text, return_tensors="pt").input_ids[:, :_TOKENS].to(model.device)
+    keep_bnb_gradients(model)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            before = model(input_ids=ids, labels=ids)
+            if not before.loss.isfinite():
+                raise RuntimeError(f"Pre-flight: the loss is {before.loss.item()} before the first step.")
+            if isinstance(model, PeftModel) and not _acts(model, trained, ids, before.logits):
+                raise RuntimeError(
+                    "Pre-flight: the logits do not change with the adapter's weights: it would train nothing. Is it "
+                    "disabled or merged, or do its target modules take no part in the forward pass?"
+                )
+    finally:
+        model.train(training)
+
+
+def _acts(model: PeftModel, trained: dict[str, torch.nn.Parameter], ids: torch.Tensor, logits: torch.Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    kept = {name: p.detach().clone() for name, p in trained.items()}
+    try:
+        for p in trained.values():
+            p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
+        return not torch.equal(model(input_ids=ids).logits, logits)
+    finally:
+        for name, p in trained.items():
+            p.copy_(kept[name])

@@ -1,0 +1,220 @@
+"""What the three training commands share: from checked arguments to a saved adapter."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
+from trl import get_dataset, get_quantization_config
+
+import peft_steer
+from peft_steer import tasks
+from peft_steer.models import Source, find_model
+
+from .arguments import Arguments, parse
+from .card import make_card
+from .preflight import preflight
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of the training commands.
+
+    Attributes:
+        name: `"sft"`, `"grpo"` or `"dpo"`.
+        script_cls, training_cls, trainer_cls: TRL's.
+        prepare: makes the trainer's data, and what else only this trainer takes, from `(arguments, task, tokenizer)`,
+            before the model is loaded.
+    """
+
+    name: str
+    script_cls: type
+    training_cls: type
+    trainer_cls: type[Trainer]
+    prepare: Callable[[Arguments, Any, PreTrainedTokenizerBase], dict[str, Any]]
+
+    def run(self, argv: list[str]) -> int:
+        """Parses, checks, trains, saves. Returns 0, or 2 if the arguments cannot be used as given."""
+        logging.basicConfig(level=logging.WARNING)
+        logging.getLogger("peft_steer").setLevel(logging.INFO)
+        try:
+            arguments = parse(argv, f"peft-steer {self.name}", self.script_cls, self.training_cls)
+            source, adapter = _checked(arguments)
+            tokenizer = _tokenizer(arguments, source)
+            prepared = self.prepare(arguments, _task(arguments), tokenizer)
+        except (ValueError, OSError) as error:
+            print(f"peft-steer {self.name}: {error}", file=sys.stderr)
+            return 2
+        trainer = _make(self.trainer_cls, arguments, source, adapter, prepared)
+        _train(trainer, arguments)
+        _save(trainer, arguments, self.name, source)
+        return 0
+
+
+def _checked(arguments: Arguments) -> tuple[Source, str | None]:
+    """Where the base is and, if one goes on, the adapter: all that can be wrong before anything is loaded."""
+    training, task = arguments.training, arguments.task
+    if task.task and (arguments.script.dataset_name or arguments.mixture.datasets):
+        raise ValueError("task: is the data; remove `dataset_name`/`datasets`")
+    if not (task.task or arguments.script.dataset_name or arguments.mixture.datasets):
+        raise ValueError("nothing to train on: set `task`, `dataset_name` or `datasets`")
+    resume = training.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() == "true":
+        training.resume_from_checkpoint = resume = True
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no directory {resume!r}")
+    if task.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise ValueError(
+            "early_stopping_patience: needs `load_best_model_at_end: true`, and `eval_strategy` and `save_strategy` "
+            "other than 'no'"
+        )
+    base, adapter = arguments.model.model_name_or_path, task.adapter_name_or_path
+    if adapter is not None:
+        base = _base_of(adapter, base)
+    if base is None:
+        raise ValueError("model_name_or_path: is missing")
+    return find_model(base), adapter
+
+
+def _base_of(adapter: str, base: str | None) -> str:
+    config = Path(adapter) / "adapter_config.json"
+    if Path(adapter).is_dir() and not config.is_file():
+        raise ValueError(f"adapter_name_or_path: {adapter!r} is no adapter, it has no adapter_config.json")
+    if config.is_file():
+        recorded = json.loads(config.read_text())["base_model_name_or_path"]
+    else:
+        recorded = peft_steer.SteerConfig.from_pretrained(adapter).base_model_name_or_path  # from the hub
+    if base is not None and find_model(base).path not in (recorded, find_model(recorded).path):
+        raise ValueError(
+            f"model_name_or_path: {base!r} is not {recorded!r}, the base that the adapter {adapter!r} was made for. "
+            "Leave it out to take the adapter's, or, if the weights are the same, change `base_model_name_or_path` in "
+            "its adapter_config.json."
+        )
+    return base or recorded
+
+
+def _task(arguments: Arguments) -> Any:
+    name = arguments.task.task
+    if name is None:
+        return None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
+    return tasks.load_task(name, arguments.task.include_path, arguments.task.num_fewshot)[0]
+
+
+def task_datasets(arguments: Arguments, make: Callable[..., datasets.Dataset]) -> dict[str, datasets.Dataset | None]:
+    """The trainer's `train_dataset` and `eval_dataset`: from the task by `make(split)`, or as TRL's scripts load
+    them."""
+    watched = arguments.training.eval_strategy != "no"
+    if arguments.task.task is not None:
+        return {"train_dataset": make("train"), "eval_dataset": make("validation") if watched else None}
+    script = arguments.script
+    if arguments.mixture.datasets:
+        data = get_dataset(arguments.mixture)
+    else:
+        data = _load_dataset(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    for split in (script.dataset_train_split, *([script.dataset_test_split] if watched else [])):
+        if split not in data:
+            raise ValueError(f"data set {script.dataset_name!r} has no split {split!r}, only {list(data)}")
+    return {
+        "train_dataset": data[script.dataset_train_split],
+        "eval_dataset": data[script.dataset_test_split] if watched else None,
+    }
+
+
+def _load_dataset(name: str, config: str | None, streaming: bool) -> datasets.DatasetDict:
+    files = Path(name)
+    if files.is_file():  # a local file by its name, beside what `load_dataset` takes
+        return datasets.load_dataset(files.suffix[1:].replace("jsonl", "json"), data_files=name, streaming=streaming)
+    return datasets.load_dataset(name, name=config, streaming=streaming)
+
+
+def _tokenizer(arguments: Arguments, source: Source) -> PreTrainedTokenizerBase:
+    options = {"revision": arguments.model.model_revision, "trust_remote_code": arguments.training.trust_remote_code}
+    return AutoTokenizer.from_pretrained(source.path, **options)
+
+
+def _make(
+    trainer_cls: type[Trainer], arguments: Arguments, source: Source, adapter: str | None, prepared: dict[str, Any]
+) -> Trainer:
+    training, model_args = arguments.training, arguments.model
+    model_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    quantization = get_quantization_config(model_args)
+    if adapter is None:
+        training.model_init_kwargs = model_kwargs
+        model = {"model": source.path, "quantization_config": quantization, "peft_config": arguments.peft_config}
+    else:
+        base = AutoModelForCausalLM.from_pretrained(source.path, quantization_config=quantization, **model_kwargs)
+        model = {"model": PeftModel.from_pretrained(base, adapter, is_trainable=True)}
+    patience = arguments.task.early_stopping_patience
+    callbacks = None if patience is None else [EarlyStoppingCallback(patience)]
+    trainer = trainer_cls(args=training, callbacks=callbacks, **model, **prepared)
+    if arguments.steer_learning_rate is not None:
+        optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(training, trainer.model)
+        rates = {"lora_lr": training.learning_rate, "steer_lr": arguments.steer_learning_rate}
+        options |= {**rates, "optimizer_cls": optimizer_cls, "weight_decay": training.weight_decay}
+        trainer.optimizer_cls_and_kwargs = (peft_steer.JointOptimizer, options)
+    return trainer
+
+
+def _train(trainer: Trainer, arguments: Arguments) -> None:
+    row = next(iter(trainer.train_dataset))
+    if trainer.accelerator.is_main_process:
+        preflight(trainer, _text(row, trainer.processing_class))
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            "Out of memory. In the order of what it costs: a smaller `per_device_train_batch_size` with as many more "
+            "`gradient_accumulation_steps`, `gradient_checkpointing: true`, a smaller `max_length` (or "
+            "`max_completion_length`), `load_in_4bit: true`."
+        ) from error
+
+
+def _text(row: dict[str, Any], tokenizer: Any) -> str:
+    if "input_ids" in row:
+        return tokenizer.decode(row["input_ids"])
+    return str(row.get("prompt", row.get("text", row.get("messages"))))
+
+
+def _save(trainer: Trainer, arguments: Arguments, name: str, source: Source) -> None:
+    directory = arguments.training.output_dir
+    trainer.save_model(directory)
+    data = arguments.task.task or arguments.script.dataset_name or [d.path for d in arguments.mixture.datasets]
+    card = make_card(trainer, name, source.label, f"`{data}`")
+    if arguments.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.script.dataset_name)  # with TRL's card, which cannot load ours
+        if trainer.accelerator.is_main_process:
+            card.push_to_hub(trainer.hub_model_id)
+    if trainer.accelerator.is_main_process:
+        card.save(Path(directory) / "README.md")
+    trainer.accelerator.print(f"Saved to {directory}. To evaluate it:\n  {_evaluation(arguments, source, directory)}")
+    trainer.end()  # the trackers, the process group
+
+
+def _evaluation(arguments: Arguments, source: Source, directory: str) -> str:
+    adapter = arguments.peft_config is not None or arguments.task.adapter_name_or_path is not None
+    where = f"pretrained={source.path},peft={directory}" if adapter else f"pretrained={directory}"
+    return f"peft-steer lm-eval --model hf --model_args {where} --tasks {arguments.task.task or 'TASK'}"

@@ -1,0 +1,40 @@
+"""
+Supervised fine-tuning with TRL's `SFTTrainer`.
+
+    peft-steer sft --config recipes/smollm2-135m/sft/post_block.yaml [--any_trl_flag VALUE] [--r 4]
+    accelerate launch --config_file recipes/accelerate_configs/ddp.yaml -m peft_steer.train.sft --config RECIPE
+"""
+
+import sys
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+from trl import ScriptArguments, SFTConfig, SFTTrainer
+
+from peft_steer import tasks
+
+from .arguments import Arguments
+from .run import Command, task_datasets
+
+
+def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    training = arguments.training
+    if training.eos_token is not None:
+        tokenizer.eos_token = training.eos_token
+
+    def make(split: str) -> datasets.Dataset:
+        pairs = tasks.sft_dataset(task, split, **arguments.task.chat)
+        if arguments.task.apply_chat_template:
+            return pairs  # TRL tokenizes them by the template
+        return tasks.tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until")
+
+    if task is not None and training.completion_only_loss is None:
+        training.completion_only_loss = True  # its default looks for the untokenized columns
+    return task_datasets(arguments, make)
+
+
+main = Command("sft", ScriptArguments, SFTConfig, SFTTrainer, _prepare).run
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
