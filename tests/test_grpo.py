@@ -1,5 +1,10 @@
 """TRL's GRPOTrainer samples its rollouts from the policy that it trains: the steered one."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -105,3 +110,22 @@ def test_rollouts_of_the_base_would_be_seen(tmp_path, tiny_llama):
     recorder.generate = base_generates
     trainer.train()
     assert all((ratio - 1).abs().max() > 0.1 for ratio in recorder.ratios)
+
+
+def test_the_reward_figure(tmp_path):
+    """The script of the README's figure reads the last checkpoint's history of every run."""
+    script = Path(__file__).parents[1] / "recipes" / "smollm2-135m" / "grpo" / "plot_reward.py"
+    for seed, last in ((0, 9), (1, 10)):
+        for step in (9, last):
+            state = tmp_path / f"seed-{seed}" / f"checkpoint-{step}" / "trainer_state.json"
+            state.parent.mkdir(parents=True, exist_ok=True)
+            history = [{"step": i, "reward": i / 20} for i in range(1, step + 1)]
+            state.write_text(json.dumps({"log_history": [*history, {"step": step, "train_loss": 0.1}]}))
+    (tmp_path / "empty").mkdir()
+    runs = [str(tmp_path / name) for name in ("seed-0", "seed-1", "empty")]
+    svg = tmp_path / "reward.svg"
+    subprocess.run([sys.executable, script, *runs[:2], "--output", svg], check=True)
+    assert all(text in svg.read_text() for text in ("seed-0", "seed-1", "mean of 2", "optimizer step"))
+    failed = subprocess.run([sys.executable, script, *runs, "--output", svg], capture_output=True, text=True)
+    assert failed.returncode != 0
+    assert "empty has no checkpoint-*/trainer_state.json" in failed.stderr
