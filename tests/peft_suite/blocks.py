@@ -39,12 +39,11 @@ class _Block(nn.Module):
 class BlockModel(nn.Module):
     def __init__(self, bias: bool = True):
         super().__init__()
-        self.lin0 = nn.Linear(10, WIDTH)
+        self.lin0 = nn.Linear(10, WIDTH, bias=bias)
         self.layers = nn.ModuleList(_Block() for _ in range(3))
-        self.lin1 = nn.Linear(WIDTH, 2)
-        for (
-            block
-        ) in self.layers:  # not on the model: PEFT's tests take a model with a `config` for one of transformers
+        self.lin1 = nn.Linear(WIDTH, 2, bias=bias)
+        # Not on the model: PEFT's tests take a model with a `config` for one of transformers.
+        for block in self.layers:
             block.config = SimpleNamespace(hidden_size=WIDTH)
         self.dtype = torch.float
 

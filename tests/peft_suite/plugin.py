@@ -142,8 +142,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"not applicable: {expectation.reason}"))
         for expectation in expected.REFUSED[method]:
             if expectation.matches(test, case, where):
-                raises = pytest.RaisesExc(ValueError, match=expectation.message)
+                raises = pytest.RaisesExc(check=functools.partial(_refusal, expectation.message))
                 item.add_marker(pytest.mark.xfail(reason=f"refused: {expectation.reason}", raises=raises, strict=True))
+
+
+def _refusal(message: str, error: BaseException | None) -> bool:
+    """Whether `error` is our refusal, or what pytest made of it inside `pytest.raises` or `pytest.warns`."""
+    while error is not None:
+        if isinstance(error, ValueError) and re.search(message, str(error)):
+            return True
+        error = error.__context__
+    return False
 
 
 def _parameters(item: pytest.Item) -> dict:
