@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.rewards import accuracy_reward
 
+from peft_steer import tasks
 from peft_steer.train import dpo, grpo, sft
 from peft_steer.train.card import last_metrics
 
@@ -97,7 +100,9 @@ def test_sft_resumed_is_bit_equal_to_sft_in_one_go(name, run):
 
 @pytest.mark.parametrize("command", [sft, grpo, dpo])
 @pytest.mark.parametrize("name", ["post_block", "joint"])
-def test_what_is_saved_is_what_was_trained_and_the_card_says_how_to_load_it(command, name, run, tiny_llama, caplog):
+def test_what_is_saved_is_what_was_trained_and_the_card_says_how_to_load_it(
+    command, name, run, tiny_llama, caplog, capsys
+):
     trainer = command.__name__.rsplit(".", 1)[-1]
     out = run(command, **ADAPTERS[name], **(GRPO if command is grpo else {}))
     assert "Pre-flight: 2 steered modules" in caplog.text
@@ -108,6 +113,7 @@ def test_what_is_saved_is_what_was_trained_and_the_card_says_how_to_load_it(comm
     assert state(out)
     if command is not grpo:  # its rewards are all zero here
         assert not torch.equal(loaded(ids).logits, before)
+    assert f"pretrained={tiny_llama},peft={out} --tasks sums_" in capsys.readouterr().out
     card = (out / "README.md").read_text()
     task = "sums_text" if command is grpo else "sums_choice"
     for text in ("import peft_steer", tiny_llama, f"{trainer.upper()}, 2 steps", f"`{task}`", "library_name: peft"):
@@ -156,6 +162,33 @@ def test_trl_options(options, run):
     before = state(run(sft, "still", **STEER, **{**options, "learning_rate": 0.0}))
     after = state(run(sft, "moved", **STEER, **options))
     assert all(not torch.equal(after[name], x) for name, x in before.items())
+
+
+def test_gsm8k_with_the_papers_rewards(run, tmp_path, tiny_llama):
+    """lm-eval's own task on a local file with its columns, math-verify and a format as rewards."""
+    rows = [{"question": f"{i} + 1?", "answer": f"One more than {i}.\n#### {i + 1}"} for i in range(8)]
+    (tmp_path / "gsm8k.json").write_text("\n".join(map(json.dumps, rows)))
+    gsm8k = {"include": str(Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"), "task": "gsm8k_local"}
+    files = {"data_files": dict.fromkeys(("train", "test"), str(tmp_path / "gsm8k.json"))}
+    local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+    (tmp_path / "tasks" / "gsm8k.yaml").write_text(json.dumps({**gsm8k, **local}))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chatty = tmp_path / "chatty"
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(chatty)
+    tokenizer.save_pretrained(chatty)
+    keys = {"task": "gsm8k_local", "num_fewshot": 0, "apply_chat_template": True, "model_name_or_path": str(chatty)}
+    rewards = {"reward_funcs": ["accuracy_reward", "think_format_reward", "task"], "reward_weights": [1, 0.2, 1]}
+    out = run(grpo, **STEER, **GRPO, **keys, **rewards, save_strategy="steps", save_steps=2)
+    log = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"][0]
+    names = ("accuracy_reward", "think_format_reward", "exact_match,strict-match")
+    assert all(f"rewards/{name}/mean" in log for name in names)
+    task, _ = tasks.load_task("gsm8k_local", str(tmp_path / "tasks"), num_fewshot=0)
+    data = tasks.grpo_dataset(task, apply_chat_template=True)
+    assert list(data["solution"]) == [str(i + 1) for i in range(8)]
+    right = [[{"role": "assistant", "content": f"So \\boxed{{{i + 1}}}"}] for i in range(8)]
+    assert accuracy_reward(right, list(data["solution"])) == [1.0] * 8
+    assert accuracy_reward(right[1:], list(data["solution"])[:-1]) == [0.0] * 7
 
 
 def test_chat_messages(run, tiny_llama, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -215,6 +216,12 @@ def _save(trainer: Trainer, arguments: Arguments, name: str, source: Source) -> 
 
 
 def _evaluation(arguments: Arguments, source: Source, directory: str) -> str:
-    adapter = arguments.peft_config is not None or arguments.task.adapter_name_or_path is not None
+    """The command that scores what was trained, on prompts as in the training."""
+    task = arguments.task
+    adapter = arguments.peft_config is not None or task.adapter_name_or_path is not None
     where = f"pretrained={source.path},peft={directory}" if adapter else f"pretrained={directory}"
-    return f"peft-steer lm-eval --model hf --model_args {where} --tasks {arguments.task.task or 'TASK'}"
+    words = ["peft-steer", "lm-eval", "--model", "hf", "--model_args", where, "--tasks", task.task or "TASK"]
+    for name in ("include_path", "num_fewshot", "system_instruction"):
+        value = getattr(task, name)
+        words += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join(words + (["--apply_chat_template"] if task.apply_chat_template else []))
