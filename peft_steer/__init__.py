@@ -5,7 +5,7 @@ Importing this package registers its tuner types with PEFT.
 
 from importlib.metadata import version
 
-from .config import LoreftConfig, PostBlockSteerConfig, SteerConfig
+from .config import JolaConfig, LofitConfig, LoreftConfig, PostBlockSteerConfig, SteerConfig
 from .joint import (
     JointOptimizer,
     JointSteerLoraConfig,
@@ -23,6 +23,8 @@ __all__ = [
     "JointOptimizer",
     "JointSteerLoraConfig",
     "JointSteerLoraModel",
+    "JolaConfig",
+    "LofitConfig",
     "LoreftConfig",
     "PostBlockSteerConfig",
     "SteerConfig",

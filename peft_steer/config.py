@@ -11,9 +11,11 @@ from .registration import add_peft_type
 from .sites import SITES
 
 
-KINDS = ("vector", "linear", "nonlinear", "loreft", "noreft", "direft", "nodireft")
+HEAD_KINDS = ("lofit", "jola")
+KINDS = ("vector", "linear", "nonlinear", "loreft", "noreft", "direft", "nodireft", *HEAD_KINDS)
 WITH_ACTIVATION = ("nonlinear", "noreft", "direft", "nodireft")
 _KINDS_HELP = ", ".join(map(repr, KINDS[:-1])) + f" or {KINDS[-1]!r}"
+_SITE_HELP = "Where: 'block', 'mlp' or 'attention' (their outputs), or 'heads' (the input of the output projection)."
 STEER = add_peft_type("STEER")
 
 
@@ -31,15 +33,17 @@ class SteerConfig(PeftConfig):
     Args:
         site (`str`):
             Where: `"block"` (the block's output, after the skip connection), `"mlp"` (the MLP's output before the
-            skip) or `"attention"` (the attention's output before the skip).
+            skip), `"attention"` (the attention's output before the skip) or `"heads"` (what the attention's heads
+            return, side by side, before the output projection).
         kind (`str`):
             What: `"vector"` (`dh = v`), `"linear"` (`dh = W_up W_down h`, with `use_bias` `+ b`), `"nonlinear"`
             (`dh = W_up act(W_down h)`) or one of ReFT's, by the names of its authors' library: `"loreft"`
             (`dh = R^T (W h + b - R h)` with orthonormal rows in `R`), `"noreft"` (`dh = W2^T (f(W1 h + b) - W2 h)`),
             `"direft"` (`dh = R^T f(W h + b)` with orthonormal rows in `R`) or `"nodireft"`
-            (`dh = W2^T f(W1 h + b)`, DiReFT as its paper writes it).
+            (`dh = W2^T f(W1 h + b)`, DiReFT as its paper writes it). Only at the heads: `"lofit"` and `"jola"`, see
+            [`LofitConfig`] and [`JolaConfig`].
         r (`int`):
-            Rank of the edit, at least 1 and at most the hidden size. A `"vector"` has none.
+            Rank of the edit, at least 1 and at most the hidden size. `"vector"`, `"lofit"` and `"jola"` have none.
         activation (`str`, *optional*):
             The nonlinearity of the nonlinear kind: `"silu"` (its default), `"relu"`, `"gelu"` or `"tanh"`. For
             `"noreft"`, `"direft"` and `"nodireft"` it is `f`, by default the identity. (LoReFT has none: with a
@@ -50,6 +54,13 @@ class SteerConfig(PeftConfig):
             Factor of `dh`. It can be changed at inference: see [`SteerModel.set_scale`].
         positions (`str`):
             Which tokens are edited; `"all"`.
+        num_heads (`int`, *optional*):
+            With `kind="lofit"`: how many heads are chosen, in all blocks together; by default a tenth of them.
+        selection_step (`int`, *optional*):
+            With `kind="lofit"`: after how many optimizer steps the heads are chosen, by default 100. The steps before
+            it are its first stage, those after it the second; give them as many steps as either needs.
+        l1_lambda (`float`, *optional*):
+            With `kind="lofit"`: factor of the penalty of the first stage, by default 5e-4.
         target_modules (`Union[list[str], str]`, *optional*):
             The names of the blocks to steer: a list of names or suffixes, or a regular expression. By default every
             block of the text decoder, and of the encoder if the model has both.
@@ -70,7 +81,7 @@ class SteerConfig(PeftConfig):
             depth.
     """
 
-    site: str = field(default="block", metadata={"help": "Where: 'block', 'mlp' or 'attention' (their outputs)."})
+    site: str = field(default="block", metadata={"help": _SITE_HELP})
     kind: str = field(default="linear", metadata={"help": f"What: {_KINDS_HELP}."})
     r: int = field(default=8, metadata={"help": "Rank of the edit."})
     activation: str | None = field(
@@ -82,6 +93,15 @@ class SteerConfig(PeftConfig):
     use_bias: bool = field(default=False, metadata={"help": "Whether kind='linear' has a bias b."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
     positions: str = field(default="all", metadata={"help": "Which tokens are edited: 'all'."})
+    num_heads: int | None = field(
+        default=None, metadata={"help": "With kind='lofit': how many heads are chosen; default: a tenth of all."}
+    )
+    selection_step: int | None = field(
+        default=None, metadata={"help": "With kind='lofit': optimizer steps before heads are chosen; default: 100."}
+    )
+    l1_lambda: float | None = field(
+        default=None, metadata={"help": "With kind='lofit': factor of the first stage's penalty; default: 5e-4."}
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -135,12 +155,13 @@ class SteerConfig(PeftConfig):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"`{name}={rank!r}` must be an integer of at least 1.")
         self._check_activation()
+        self._check_heads()
         if self.use_bias and self.kind != "linear":
             raise ValueError(
                 f"`use_bias=True` contradicts `kind={self.kind!r}`: only kind='linear' has an optional bias."
             )
-        if self.kind == "vector" and self.rank_pattern:
-            raise ValueError("`rank_pattern` contradicts `kind='vector'`: a fixed vector has no rank.")
+        if self.kind in ("vector", *HEAD_KINDS) and self.rank_pattern:
+            raise ValueError(f"`rank_pattern` contradicts `kind={self.kind!r}`: vectors have no rank.")
         if self.target_modules == "all-linear":
             raise ValueError(
                 "`target_modules='all-linear'` names linears; steering targets blocks. Leave it unset for all."
@@ -151,6 +172,29 @@ class SteerConfig(PeftConfig):
             raise ValueError(
                 "`layers_pattern` needs `layers_to_transform`: it names the stack that the indices refer to."
             )
+
+    def _check_heads(self) -> None:
+        if self.kind in HEAD_KINDS and self.site != "heads":
+            raise ValueError(
+                f"`site={self.site!r}` contradicts `kind={self.kind!r}`, which edits attention heads. "
+                "Set `site='heads'`."
+            )
+        if self.kind != "lofit":
+            for name in ("num_heads", "selection_step", "l1_lambda"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` contradicts `kind={self.kind!r}`: only kind='lofit' has it."
+                    )
+            return
+        self.selection_step = 100 if self.selection_step is None else self.selection_step
+        self.l1_lambda = 5e-4 if self.l1_lambda is None else self.l1_lambda
+        for name in ("num_heads", "selection_step"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}={value!r}` must be an integer of at least 1.")
+        value = self.l1_lambda
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"`l1_lambda={value!r}` must be a finite number of at least 0.")
 
     def _check_activation(self) -> None:
         if self.kind == "nonlinear":
@@ -188,5 +232,33 @@ class LoreftConfig(SteerConfig):
     states it, on every token. `site="block"` is where the method's authors apply it.
     """
 
-    site: str = field(default="mlp", metadata={"help": "Where: 'block', 'mlp' or 'attention' (their outputs)."})
+    site: str = field(default="mlp", metadata={"help": _SITE_HELP})
     kind: str = field(default="loreft", metadata={"help": f"What: {_KINDS_HELP}."})
+
+
+@dataclass
+class LofitConfig(SteerConfig):
+    """
+    [`SteerConfig`] with LoFiT as default (arXiv 2406.01563): `z' = (1 + A) * z + v` for every attention head, on every
+    token. In the first `selection_step` optimizer steps `A` and `v` of all heads are trained, with
+    `l1_lambda * sum |A|` added to the loss; then the `num_heads` heads with the largest L2 norm of `A` are chosen,
+    `A` and `v` return to zero, and only the chosen heads' `v` are trained. Trainers stay as they are; the steps are
+    counted, the penalty added and the heads chosen around the optimizer's step (see `peft_steer/stepping.py`), and are
+    saved with the adapter. (The authors train in two runs, in the first of which `v` is fixed at zero.)
+    """
+
+    site: str = field(default="heads", metadata={"help": _SITE_HELP})
+    kind: str = field(default="lofit", metadata={"help": f"What: {_KINDS_HELP}."})
+
+
+@dataclass
+class JolaConfig(SteerConfig):
+    """
+    [`SteerConfig`] with JoLA as default (arXiv 2502.01179): `z' = (1 + g2 * A) * z + g1 * v` for every attention head,
+    on every token, with hard-concrete gates `g1`, `g2` of each head and a penalty on their being open. The constants
+    are the paper's (see `peft_steer/jola.py`). Trainers stay as they are: the penalty is added, and the steps of its
+    schedule are counted, around the optimizer's step (see `peft_steer/stepping.py`).
+    """
+
+    site: str = field(default="heads", metadata={"help": _SITE_HELP})
+    kind: str = field(default="jola", metadata={"help": f"What: {_KINDS_HELP}."})

@@ -3,8 +3,9 @@
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .config import SteerConfig
-from .layer import CHILD
+from .config import HEAD_KINDS, SteerConfig
+from .head_shape import head_shape
+from .layer import CHILD, INPUT_CHILD
 from .sites import Block, hidden_size, select_blocks, site_module
 
 
@@ -27,14 +28,26 @@ def rank_of(config: SteerConfig, name: str) -> int:
     return config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
 
 
-def check_ranks(config: SteerConfig, names) -> None:
-    """Raise `ValueError` if an edit's rank exceeds the hidden size."""
-    for name in names:
-        r = rank_of(config, name)
-        if config.kind != "vector" and r > config.hidden_size:
-            raise ValueError(
-                f"`r={r}` at {name!r} is larger than the hidden size {config.hidden_size}; choose a smaller rank."
-            )
+def place(model: nn.Module, config: SteerConfig, name: str, block: Block) -> tuple[str, int, int | None]:
+    """Of the place at module `name`: the name of the child there, the width of what is edited, and at the attention's
+    heads their width."""
+    if config.site != "heads":
+        return CHILD, hidden_size(model, name), None
+    number, head_dim = head_shape(block)
+    return INPUT_CHILD, number * head_dim, head_dim
+
+
+def check_shapes(model: nn.Module, config: SteerConfig, sites: dict[str, Block]) -> None:
+    """Raise `ValueError` if an edit's rank exceeds the width of what it edits, or there are too few heads."""
+    total = 0
+    for name, block in sites.items():
+        r, (_, width, head_dim) = rank_of(config, name), place(model, config, name, block)
+        total += width // (head_dim or width)
+        if config.kind not in ("vector", *HEAD_KINDS) and r > width:
+            what = "hidden size" if head_dim is None else "heads' joint width"
+            raise ValueError(f"`r={r}` at {name!r} is larger than the {what} {width}; choose a smaller rank.")
+    if config.num_heads is not None and config.num_heads > total:
+        raise ValueError(f"`num_heads={config.num_heads}` cannot be chosen: the targeted blocks have {total} heads.")
 
 
 def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
@@ -53,9 +66,9 @@ def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """Raise `ValueError` if the name is a part of a module's path: PEFT tells adapters apart by `.name.` in the
     key."""
-    parts = {CHILD, "steer_edit", "lora_steer_edit"}
+    parts = {CHILD, INPUT_CHILD, "steer_edit", "lora_steer_edit"}
     for name, _ in model.named_modules():
-        if f".{CHILD}." not in name:
+        if f"{CHILD}." not in name:
             parts.update(name.split("."))
     if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(f"`adapter_name={adapter_name!r}` cannot be the name of a module. Choose another name.")

@@ -1,15 +1,20 @@
-"""The interventions at one site, by adapter name: a child of the steered module, called by a forward hook on it."""
+"""The interventions at one site, by adapter name: a child of the steered module, called by a hook on it."""
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import SteerConfig
+from .heads import Lofit
 from .interventions import FixedVector, Intervention, LowRank
+from .jola import Jola
 from .reft import Direft, Loreft, Nodireft, Noreft
+from .stepping import Group
 
 
 CHILD = "steering"  # must not contain the prefix `steer_`, or PEFT takes the container for a weight
+# Its name where the module's input is edited: some architectures' `attention` and `heads` are at the same module.
+INPUT_CHILD = f"input_{CHILD}"
 
 
 def steer_output(module: nn.Module, args: tuple, output):
@@ -29,13 +34,34 @@ def steer_output(module: nn.Module, args: tuple, output):
     )
 
 
-def build_intervention(config: SteerConfig, d: int, r: int, device=None, dtype=None) -> Intervention:
-    """The module for `config.kind`, for hidden states of width `d` and with rank `r`."""
+def steer_input(module: nn.Module, args: tuple) -> tuple:
+    """Forward pre-hook: replace the hidden state that `module` is given by the steered one."""
+    if not args:
+        raise TypeError(f"{type(module).__name__} gets no positional argument: its input cannot be steered.")
+    return (getattr(module, INPUT_CHILD)(args[0]), *args[1:])
+
+
+def build_intervention(
+    config: SteerConfig,
+    d: int,
+    r: int,
+    device=None,
+    dtype=None,
+    head_dim: int | None = None,
+    group: Group | None = None,
+) -> Intervention:
+    """The module for `config.kind`, for hidden states of width `d` and with rank `r`; for kinds that edit heads, of
+    width `head_dim`, with the group of the adapter's edits."""
     common = {"init_weights": config.init_weights, "device": device, "dtype": dtype}
     if config.kind == "vector":
         return FixedVector(d, **common)
     if config.kind == "loreft":
         return Loreft(d, r, **common)
+    if config.kind == "jola":
+        return Jola(d // head_dim, head_dim, group, **common)
+    if config.kind == "lofit":
+        stages = {"chosen": config.num_heads, "selection_step": config.selection_step, "l1_lambda": config.l1_lambda}
+        return Lofit(d // head_dim, head_dim, group, **stages, **common)
     reft = {"noreft": Noreft, "direft": Direft, "nodireft": Nodireft}
     if config.kind in reft:
         return reft[config.kind](d, r, activation=config.activation, **common)
@@ -58,21 +84,23 @@ def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device,
 
 
 class SteerLayer(nn.Module, BaseTunerLayer):
-    """The edits of one module's output.
+    """The edits of one module's output, or of its input.
 
     With several active adapters every edit reads the same unsteered `h`: `out = h + sum_i scale_i dh_i(h)`, whatever
     their order.
 
     Args:
-        module (`nn.Module`): the steered module; this layer becomes its child `steering`.
+        module (`nn.Module`): the steered module; this layer becomes its child.
         d (`int`): width of the hidden states.
+        head_dim (`int`, *optional*): if the input is edited, which are attention heads side by side: their width.
     """
 
     adapter_layer_names = ("steer_edit",)
     other_param_names = ("scaling", "initial_scaling")
 
-    def __init__(self, module: nn.Module, d: int):
+    def __init__(self, module: nn.Module, d: int, head_dim: int | None = None):
         super().__init__()
+        self.head_dim = head_dim
         self.in_features = self.out_features = d
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())  # `steer_edit`
         self.scaling: dict[str, float] = {}
@@ -81,18 +109,34 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
         self._merge_backup: tuple | None = None
         self._steered = (module,)  # in a tuple: the parent is not a submodule
-        module.add_module(CHILD, self)
-        # prepended, so that `output_hidden_states` records the steered state
-        self._hook = module.register_forward_hook(steer_output, prepend=True)
+        module.add_module(self.child, self)
+        if self.at_input:
+            self._hook = module.register_forward_pre_hook(steer_input)
+        else:  # prepended, so that `output_hidden_states` records the steered state
+            self._hook = module.register_forward_hook(steer_output, prepend=True)
+
+    @property
+    def at_input(self) -> bool:
+        """Whether the module's input is edited, rather than its output."""
+        return self.head_dim is not None
+
+    @property
+    def child(self) -> str:
+        """The name of this layer in the module that it steers."""
+        return INPUT_CHILD if self.at_input else CHILD
 
     def detach(self) -> None:
         """Remove this layer from the module that it steers."""
         self._hook.remove()
-        delattr(self._steered[0], CHILD)
+        delattr(self._steered[0], self.child)
 
-    def update_layer(self, adapter_name: str, config: SteerConfig, r: int, device, dtype) -> None:
-        """Add the adapter `adapter_name`."""
-        self.steer_edit[adapter_name] = build_intervention(config, self.out_features, r, device=device, dtype=dtype)
+    def update_layer(
+        self, adapter_name: str, config: SteerConfig, r: int, device, dtype, group: Group | None = None
+    ) -> None:
+        """Add the adapter `adapter_name`; `group` is that of the adapter's edits in the whole model."""
+        self.steer_edit[adapter_name] = build_intervention(
+            config, self.out_features, r, device=device, dtype=dtype, head_dim=self.head_dim, group=group
+        )
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scale
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -153,10 +197,11 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def merge_into(self, linear: nn.Module, adapter_names: list[str]) -> None:
         """Fold affine edits of `linear`'s output into it: `y + s (M y + v)` with `y = W x + b` is
-        `(W + s M W) x + (b + s M b + s v)`.
+        `(W + s M W) x + (b + s M b + s v)`. Those of its input, `x + s (M x + v)`: `(W + s W M) x + (b + s W v)`.
 
         Args:
-            linear: an `nn.Linear`, or transformers' `Conv1D` (whose weight is transposed), with output width `d`.
+            linear: an `nn.Linear`, or transformers' `Conv1D` (whose weight is transposed), with output (or input)
+                width `d`.
             adapter_names: adapters of this layer whose `affine()` is not None.
         """
         original = self._merge_backup[1:] if self._merge_backup else (linear.weight, linear.bias)
@@ -164,15 +209,15 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         transposed = not isinstance(linear, nn.Linear)
         W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         W = W.t() if transposed else W
-        b = W.new_zeros(self.out_features) if bias is None else bias.detach().to(W)
+        b = W.new_zeros(len(W)) if bias is None else bias.detach().to(W)
         new_W, new_b, has_bias = W.clone(), b.clone(), bias is not None
         for name in self.merged_adapters + adapter_names:
             M, v = (x if x is None else x.detach().to(W) for x in self.steer_edit[name].affine())
             if M is not None:
-                new_W += self.scaling[name] * (M @ W)
-                new_b += self.scaling[name] * (M @ b)
+                new_W += self.scaling[name] * (W @ M if self.at_input else M @ W)
+                new_b += 0 if self.at_input else self.scaling[name] * (M @ b)
             if v is not None:
-                new_b += self.scaling[name] * v
+                new_b += self.scaling[name] * (W @ v if self.at_input else v)
                 has_bias = True
         self._merge_backup = (linear, *original)
         linear.weight = nn.Parameter(

@@ -1,5 +1,6 @@
 """When an edit can be folded into the base's weights exactly, and the linear layer that it is folded into."""
 
+from collections.abc import Callable
 from types import MethodType
 
 import torch
@@ -19,7 +20,8 @@ def plan_merge(
     """The layers to merge, each with the linear layer that takes its edits and the names of the adapters.
 
     A fixed vector, and any edit without an activation of an MLP's or attention's output, is an affine function of what
-    one linear layer returns, unless a norm stands between them. Nothing else is, and a merge that changed nothing
+    one linear layer returns, unless a norm stands between them; at the heads, of what one reads. Nothing else is, and
+    a merge that changed nothing
     would be worse than none: generation from "merged" weights would come from the base model.
 
     Args:
@@ -64,6 +66,10 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
         refuse("a nonlinear edit equals no change of a weight")
     if config.site == "block" and config.kind != "vector":
         refuse("it reads the skip connection, which is no linear layer's output")
+    if config.site == "heads":
+        linear = model.get_submodule(site_name)
+        _check_plain(linear, refuse)
+        return linear
     name, module = site_module(block, "mlp" if config.site == "block" else config.site)
     if "norm" in name.rpartition(".")[2].lower():
         refuse(f"the norm {name!r} stands between the last linear layer and the edit")
@@ -74,14 +80,18 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
     if inner is None:
         refuse(f"no single linear layer returns the output of {name!r} ({type(module).__name__})")
     linear = module.get_submodule(inner)
-    plain = isinstance(linear, (nn.Linear, Conv1D)) and type(linear.weight) is nn.Parameter
-    if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
-        refuse(f"the weight of {type(linear).__name__} is quantized, sharded, offloaded or adapted by another method")
+    _check_plain(linear, refuse)
     kind = (config.site, block.stack, type(block.module), type(module))  # blocks of one kind behave alike
     if kind not in tried and not _arrives_unchanged(model, linear, model.get_submodule(site_name)):
         refuse(f"what {name!r} returns is normalized, scaled or otherwise changed before the place of the edit")
     tried.add(kind)
     return linear
+
+
+def _check_plain(linear: nn.Module, refuse: Callable[[str], None]) -> None:
+    plain = isinstance(linear, (nn.Linear, Conv1D)) and type(linear.weight) is nn.Parameter
+    if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
+        refuse(f"the weight of {type(linear).__name__} is quantized, sharded, offloaded or adapted by another method")
 
 
 @torch.no_grad()
@@ -131,8 +141,8 @@ def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:
     for layer, linear, _ in plan:
         if taken.setdefault(id(linear), layer) is not layer:
             raise ValueError(
-                "Two edits would be merged into the same linear layer: a vector at the block and one at its MLP. "
-                "Merge the MLP's and keep the vector as an adapter."
+                "Two edits would be merged into the same linear layer: a vector at the block and an edit at its MLP, "
+                "or one at the attention and one at its heads. Merge one and keep the other as an adapter."
             )
 
 

@@ -1,5 +1,6 @@
 """`SteerModel`: injects the layers into a model, and everything PEFT does with an adapter."""
 
+import re
 from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar
@@ -12,19 +13,20 @@ from torch import nn
 from .config import STEER, SteerConfig
 from .injection import (
     check_adapter_name,
-    check_ranks,
+    check_shapes,
     keep_bnb_gradients,
+    place,
     rank_of,
     record_shape,
     resolve_sites,
 )
-from .layer import CHILD, SteerLayer, device_and_dtype
+from .layer import CHILD, INPUT_CHILD, SteerLayer, device_and_dtype
 from .merging import plan_merge, refuse_to_save
 from .registration import register
-from .sites import hidden_size
+from .stepping import Group
 
 
-MARKER = f".{CHILD}.steer_edit"
+MARKER = f"{CHILD}.steer_edit"  # ends `INPUT_CHILD`'s as well
 
 
 class Strength:
@@ -101,9 +103,8 @@ class SteerModel(Strength, BaseTuner):
     ) -> None:
         check_adapter_name(model, adapter_name)
         if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
-            state_dict = {
-                key.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): x for key, x in state_dict.items()
-            }
+            child = re.compile(rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})")
+            state_dict = {child.sub(".", key): x for key, x in state_dict.items()}
             self._check_sites_of(state_dict, model, adapter_name)
         super().inject_adapter(
             model,
@@ -129,18 +130,21 @@ class SteerModel(Strength, BaseTuner):
     def _prepare_model(self, peft_config: SteerConfig, model: nn.Module) -> None:
         self._sites, self._excluded = resolve_sites(model, peft_config)
         record_shape(model, peft_config, next(iter(self._sites.values())))
-        check_ranks(peft_config, self._sites)
+        check_shapes(model, peft_config, self._sites)
+        self._group = Group()
         keep_bnb_gradients(model)
 
     def _check_target_module_exists(self, peft_config: SteerConfig, key: str):
         return key in self._sites or (_ExcludedModule() if key in self._excluded else False)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
-        layer = getattr(target, CHILD, None)
+        child, width, head_dim = place(self.model, peft_config, current_key, self._sites[current_key])
+        layer = getattr(target, child, None)
         if layer is None:
-            layer = SteerLayer(target, hidden_size(self.model, current_key))
+            layer = SteerLayer(target, width, head_dim)
         device, dtype = device_and_dtype(target, self.model)
-        layer.update_layer(adapter_name, peft_config, rank_of(peft_config, current_key), device, dtype)
+        rank = rank_of(peft_config, current_key)
+        layer.update_layer(adapter_name, peft_config, rank, device, dtype, self._group)
 
     # --- rows of one batch with different adapters
 

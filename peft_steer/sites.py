@@ -5,7 +5,11 @@ a block the paper (arXiv 2603.00425, figure 1) distinguishes three places, each 
 
 - `block`: the block's output, after the skip connection (post-block);
 - `mlp`: what the MLP adds to the skip connection (post-MLP);
-- `attention`: what the attention adds to the skip connection (pre-MLP).
+- `attention`: what the attention adds to the skip connection (pre-MLP);
+
+and one that is the input of a module:
+
+- `heads`: what the attention's heads return, side by side, before the output projection.
 
 Where an architecture normalizes an output before adding it (Gemma 2), that norm's output is what is added. Names of
 attributes such as `self_attn` or `down_proj` are looked for; names of models never are.
@@ -21,7 +25,7 @@ from peft.utils.other import match_target_against_key
 from torch import nn
 
 
-SITES = ("block", "mlp", "attention")
+SITES = ("block", "mlp", "attention", "heads")
 
 _ATTENTION = re.compile(r"(self_?|linear_)?(attn|attention)", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn?|feed_?forward|DenseReluDense|(block_sparse_)?moe", re.IGNORECASE)
@@ -121,13 +125,16 @@ def select_blocks(
 
 
 def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
-    """Qualified name and module whose output is the place `site` in `block`.
+    """Qualified name and module whose output (for `"heads"`: whose input) is the place `site` in `block`.
 
     Raises:
         ValueError: if the block has no such place that can be recognised.
     """
     if site == "block":
         return block.name, block.module
+    if site == "heads":
+        name = heads_projection(block)[1]
+        return f"{block.name}.{name}", block.module.get_submodule(name)
     norm_name = _branch_norm(block.module, site)
     if norm_name is not None:
         return f"{block.name}.{norm_name}", block.module.get_submodule(norm_name)
@@ -147,6 +154,25 @@ def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
     else:
         return f"{block.name}.{name}", module
     return f"{block.name}.{name}.{inner}", module.get_submodule(inner)
+
+
+def heads_projection(block: Block) -> tuple[str, str]:
+    """Names, in `block`, of the attention and of the linear layer that projects its heads.
+
+    Raises:
+        ValueError: if the block has no attention, or no single such layer, that can be recognised.
+    """
+    name = None
+    while deeper := _find(block.module.get_submodule(name or ""), _ATTENTION):  # GPT-Neo has one in the other
+        name = f"{name}.{deeper}" if name else deeper
+        module = block.module.get_submodule(name)
+        inner = "output.dense" if _has(module, "output.dense") else output_linear(module)
+        if inner:
+            return name, f"{name}.{inner}"
+    raise ValueError(
+        f"No output projection of attention heads was recognised in block {block.name!r} "
+        f"({type(block.module).__name__}). Use another `site`."
+    )
 
 
 def output_linear(module: nn.Module) -> str | None:

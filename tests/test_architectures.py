@@ -8,8 +8,10 @@ from peft import get_peft_model
 from tiny import (
     ARCHITECTURES,
     DECODERS,
+    HEAD_KINDS,
     KINDS,
     METHODS,
+    METHODS_AT_SITES,
     REFT,
     SITES,
     STACKS,
@@ -23,17 +25,16 @@ from tiny import (
 from peft_steer import SteerConfig
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize(("method", "site"), METHODS_AT_SITES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_identity_at_the_start(method, architecture, site):
     """Bit-equal logits for every kind; exactly one layer for every text block."""
     x = inputs(architecture)
     base = make(architecture)(**x).logits
-    for name, kind in KINDS.items():
+    for name, kind in (KINDS | (HEAD_KINDS if site == "heads" else {})).items():
         if name in REFT and architecture != "llama":
             continue
-        model = get_peft_model(make(architecture), METHODS[method](site=site, r=4, **kind)).eval()
+        model = get_peft_model(make(architecture), METHODS[method](**{"site": site, "r": 4, **kind})).eval()
         assert torch.equal(model(**x).logits, base)
         layers = list(steer_layers(model.get_base_model()))
         stacks = STACKS.get(architecture, ["model.layers"])
@@ -58,8 +59,10 @@ def test_the_model_computes_the_equation(architecture, site, kind):
     base = make(architecture)
     plain = base(**x).logits
 
-    def add(edit):
-        def hook(module, args, output):
+    def add(edit, at_input=False):
+        def hook(module, args, output=None):
+            if at_input:
+                return ((args[0].double() + 0.5 * reference_delta(edit, args[0])).to(args[0].dtype),)
             h = output[0] if isinstance(output, tuple) else output
             steered = (h.double() + 0.5 * reference_delta(edit, h)).to(h.dtype)
             return (steered, *output[1:]) if isinstance(output, tuple) else steered
@@ -67,7 +70,11 @@ def test_the_model_computes_the_equation(architecture, site, kind):
         return hook
 
     for name, edit in edits.items():
-        base.get_submodule(name).register_forward_hook(add(edit))
+        module = base.get_submodule(name)
+        if site == "heads":
+            module.register_forward_pre_hook(add(edit, at_input=True))
+        else:
+            module.register_forward_hook(add(edit))
     expected = base(**x).logits
     torch.testing.assert_close(model(**x).logits, expected, rtol=1e-3, atol=1e-5)
     assert (expected - plain).abs().max() > 1e-3
@@ -144,8 +151,7 @@ def test_hidden_states_are_what_the_blocks_receive(method, architecture):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize(("method", "site"), METHODS_AT_SITES)
 @pytest.mark.parametrize("architecture", [*DECODERS, "t5"])
 def test_generation(method, architecture, site):
     """Greedy generation with a cache equals repeated full forwards; a left-padded row equals the row alone."""
@@ -187,9 +193,8 @@ def test_gradients_stop_at_the_lowest_steered_block(architecture, site):
     assert kept.index("last block") == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "site"), METHODS_AT_SITES)
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "mixtral"])
 def test_gradient_checkpointing(method, architecture, site, reentrant):
     x = inputs(architecture)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from tiny import BASES, KINDS, METHODS, inputs, logits, make, randomize
+from tiny import BASES, HEAD_KINDS, KINDS, METHODS, inputs, logits, make, randomize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_steer import SteerConfig
@@ -39,15 +39,29 @@ def train(model, steps=8, lr=0.02):
 
 
 @pytest.mark.parametrize(
-    ("kind", "site"), [("vector", "attention"), ("linear_bias", "mlp"), ("silu", "block"), ("loreft", "attention")]
+    ("method", "kind", "site"),
+    [
+        (method, kind, site)
+        for kind, site in [
+            ("vector", "attention"),
+            ("linear_bias", "mlp"),
+            ("silu", "block"),
+            ("loreft", "attention"),
+            ("lofit", "heads"),
+            ("jola", "heads"),
+        ]
+        for method in METHODS
+        if (method, site) != ("joint", "heads")
+    ],
 )
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("method", METHODS)
 def test_train_save_load(method, tmp_path, checkpoint, base, kind, site):
     model = load(checkpoint, base)
     plain = logits(model)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model = get_peft_model(model, METHODS[method](r=4, site=site, **KINDS[kind], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, METHODS[method](task_type="CAUSAL_LM", **{"r": 4, "site": site, **(KINDS | HEAD_KINDS)[kind]})
+    )
     assert torch.equal(logits(model), plain)
     losses = train(model)
     assert losses[-1] < losses[0] - 0.01

@@ -3,25 +3,32 @@ backward."""
 
 import pytest
 import torch
-from tiny import KINDS, reference_delta
+from tiny import HEAD_KINDS, KINDS, reference_delta
 
 from peft_steer import SteerConfig
 from peft_steer.layer import build_intervention
 
 
-D, R = 24, 5
+D, R, HEAD_DIM = 24, 5, 6
+ALL_KINDS = KINDS | HEAD_KINDS
+
+
+def build(kind: str, **kwargs):
+    """In evaluation mode: in training, JoLA's gates are random."""
+    config = SteerConfig(r=R, **ALL_KINDS[kind], **{k: kwargs.pop(k) for k in ("init_weights",) if k in kwargs})
+    return build_intervention(config, D, R, head_dim=HEAD_DIM, **kwargs).eval()
 
 
 def edit(kind: str, dtype=torch.float32, std: float = 0.3, seed: int = 0):
     torch.manual_seed(seed)
-    module = build_intervention(SteerConfig(r=R, **KINDS[kind]), D, R, dtype=torch.float64)
+    module = build(kind, dtype=torch.float64)
     with torch.no_grad():
         for p in module.parameters():
             p.add_(std * torch.randn_like(p))
     return module.to(dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 4, D), (7, D), (1, 1, D)])
 def test_value(kind, dtype, shape):
@@ -38,20 +45,20 @@ def test_value(kind, dtype, shape):
     torch.testing.assert_close((h + 0.7 * module.delta(h)).double(), expected, rtol=32 * eps, atol=32 * eps)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_changes_at_the_start(kind, dtype):
     """`dh = 0` exactly, whatever dtype the adapter is cast to and from."""
     torch.manual_seed(0)
-    module = build_intervention(SteerConfig(r=R, **KINDS[kind]), D, R)
+    module = build(kind)
     h = torch.randn(3, 4, D).to(dtype)
     for cast in (torch.float32, torch.bfloat16, torch.float16, torch.float32):
         assert torch.equal(module.to(cast)(h), h)
-    acting = build_intervention(SteerConfig(r=R, init_weights=False, **KINDS[kind]), D, R)
+    acting = build(kind, init_weights=False)
     assert not torch.equal(acting(h), h)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_gradcheck(kind):
     module = edit(kind, torch.float64)
     h = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
@@ -64,7 +71,7 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(f, (h, *parameters))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vector"])
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "vector"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_gradients_are_those_of_the_plain_equation(kind, dtype, tolerance):
     """Every parameter's and the input's gradient, against the unfused equation in float64; hidden states much larger
@@ -107,7 +114,7 @@ def test_nothing_is_kept_without_gradients():
     assert kept == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_autocast_does_not_change_the_dtype_of_the_hidden_state(kind):
     module, h = edit(kind), torch.randn(5, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURES, KINDS, REFT, SITES, SMALL, adapted, logits, make, randomize, steer_layers
+from tiny import ARCHITECTURES, HEAD_KINDS, KINDS, REFT, SITES, SMALL, adapted, logits, make, randomize, steer_layers
 
 from peft_steer import SteerConfig
 
@@ -17,23 +17,29 @@ EXPERTS = {"mixtral", "qwen3_moe"}
 
 
 def mergeable(architecture, site, kind):
-    if kind not in AFFINE or (site == "block" and kind != "vector"):
+    if kind not in (*AFFINE, *HEAD_KINDS) or (site == "block" and kind != "vector"):
         return False
+    if site == "heads":  # the projection reads what is edited
+        return True
     if architecture in NORM_BETWEEN or (architecture in EXPERTS and site != "attention"):
         return False
     return not (architecture == "bert" and site == "block")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "kind"),
-    [
-        *((a, kind) for a in ARCHITECTURES for kind in (*AFFINE, "silu") if kind not in REFT),
-        *(("llama", kind) for kind in REFT),
-    ],
-)
-@pytest.mark.parametrize("site", SITES)
+CASES = [
+    (site, architecture, kind)
+    for site in SITES
+    for architecture in ARCHITECTURES
+    for kind in [*(AFFINE if site != "heads" else ("linear_bias",)), "silu"]
+    if kind not in REFT or architecture == "llama"
+]
+CASES += [("heads", "llama", kind) for kind in AFFINE if kind != "linear_bias"]
+CASES += [("heads", architecture, kind) for architecture in ("llama", "gpt2") for kind in HEAD_KINDS]
+
+
+@pytest.mark.parametrize(("site", "architecture", "kind"), CASES)
 def test_merging(tmp_path, architecture, site, kind):
-    model = adapted(architecture, site=site, scale=0.5, **KINDS[kind])
+    model = adapted(architecture, scale=0.5, **{"site": site, **(KINDS | HEAD_KINDS)[kind]})
     plain, expected = logits(make(architecture), architecture), logits(model, architecture)
     state = copy.deepcopy(model.state_dict())
     if not mergeable(architecture, site, kind):

@@ -6,7 +6,19 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel, get_peft_model
 from sft import losses, sft_trainer, sums
-from tiny import KINDS, METHODS, SITES, VOCAB, adapted, adapter_state, inputs, logits, make, randomize
+from tiny import (
+    HEAD_KINDS,
+    KINDS,
+    METHODS,
+    METHODS_AT_SITES,
+    VOCAB,
+    adapted,
+    adapter_state,
+    inputs,
+    logits,
+    make,
+    randomize,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import DPOConfig, DPOTrainer
 
@@ -24,10 +36,13 @@ methods = pytest.mark.parametrize("method", METHODS)
         ("steer", "loreft", "mlp"),
         ("steer", "vector", "attention"),
         ("joint", "silu", "block"),
+        ("steer", "linear", "heads"),
+        ("steer", "lofit", "heads"),
+        ("steer", "jola", "heads"),
     ],
 )
 def test_compile_without_graph_breaks(method, kind, site):
-    model = adapted(method=method, site=site, **KINDS[kind])
+    model = adapted(method=method, **{"site": site, **(KINDS | HEAD_KINDS)[kind]})
     x = inputs()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -40,8 +55,7 @@ def test_compile_without_graph_breaks(method, kind, site):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@methods
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize(("method", "site"), METHODS_AT_SITES)
 def test_static_cache(method, site):
     model = adapted(method=method, site=site)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -50,9 +64,14 @@ def test_static_cache(method, site):
 
 
 @pytest.mark.parametrize(
-    ("method", "when"), [("steer", "before"), ("steer", "after"), ("joint", "after")]
-)  # PEFT 0.21's LoRA has no data in a model that is offloaded already
-@pytest.mark.parametrize("site", SITES)
+    ("method", "site", "when"),  # PEFT 0.21's LoRA has no data in a model that is offloaded already
+    [
+        (m, site, when)
+        for m, site in METHODS_AT_SITES
+        for when in ("before", "after")
+        if (m, when) != ("joint", "before")
+    ],
+)
 def test_offloaded(method, site, when):
     """accelerate replaces every module's `forward`; between calls the weights, the adapter's too, lie on the meta
     device."""

@@ -140,7 +140,9 @@ KINDS = {
 # one for each set of parameters
 STORED = [name for name in KINDS if name not in ("relu", "gelu", "tanh", "direft_tanh", "nodireft_relu")]
 REFT = ("noreft", "direft", "direft_tanh", "nodireft", "nodireft_relu")
-SITES = ("block", "mlp", "attention")
+# those that edit attention heads only
+HEAD_KINDS = {"lofit": {"site": "heads", "kind": "lofit"}, "jola": {"site": "heads", "kind": "jola"}}
+SITES = ("block", "mlp", "attention", "heads")
 
 # arguments of `from_pretrained`, by what the base's weights are
 BASES = {
@@ -167,6 +169,7 @@ def joint_config(**steer) -> JointSteerLoraConfig:
 
 # what a test is parametrized with to hold for both tuners: makes a configuration from SteerConfig's arguments
 METHODS = {"steer": SteerConfig, "joint": joint_config}
+METHODS_AT_SITES = [(method, site) for method in METHODS for site in SITES if (method, site) != ("joint", "heads")]
 
 
 def make(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -187,7 +190,7 @@ def randomize(model: nn.Module, std: float = 0.1, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if ".steering." in name or ".lora_" in name:
+            if "steering." in name or ".lora_" in name:
                 p.copy_(std * torch.randn(p.shape, generator=generator))
 
 
@@ -214,12 +217,19 @@ def reference_delta(edit: nn.Module, h: torch.Tensor) -> torch.Tensor:
     """`dh` of an intervention, written out in float64 from its parameters alone."""
     p = {name: x.detach().double() for name, x in edit.named_parameters()}
     h = h.double()
+    kind = type(edit).__name__
+    if kind in ("Lofit", "Jola"):
+        a, v = p["A"], p["v"]
+        if kind == "Jola":
+            g1, g2 = (torch.clamp(1.2 * torch.sigmoid(p[name]) - 0.1, 0, 1) for name in ("log_g1", "log_g2"))
+            a, v = g2[:, None] * a, g1[:, None] * v
+        heads = h.view(*h.shape[:-1], *a.shape)
+        return ((1 + a) * heads + v - heads).flatten(-2)
     if "v" in p:
         return p["v"].expand_as(h)
     act = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}[
         getattr(edit, "activation", None)
     ]
-    kind = type(edit).__name__
     if kind in ("Loreft", "Direft"):
         R = torch.stack(_gram_schmidt(list(p["V"])))
         return (act(h @ p["W"].T + p["b"]) - (h @ R.T if kind == "Loreft" else 0.0)) @ R

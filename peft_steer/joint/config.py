@@ -88,6 +88,7 @@ class JointSteerLoraConfig(LoraConfig):
         self.peft_type = JOINT_STEER_LORA
         self._made_for = (self.steer_hidden_size, self.steer_num_blocks)
         self.steer_activation = self.steer_config().activation
+        self._check_site()
         self._check_orthogonal()
         for name, reason in {
             "megatron_config": "its modules are not those of a transformers block",
@@ -96,6 +97,13 @@ class JointSteerLoraConfig(LoraConfig):
         }.items():
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with steering: {reason}. Use `LoraConfig` for it.")
+
+    def _check_site(self) -> None:
+        if self.steer_site == "heads":
+            raise ValueError(
+                "`steer_site='heads'`: joint adapters steer the hidden states that LoRA writes to. Use another "
+                "`steer_site`, or a `SteerConfig` beside a `LoraConfig`."
+            )
 
     def _check_orthogonal(self) -> None:
         if self.orthogonal is not None and self.orthogonal not in ORTHOGONAL:

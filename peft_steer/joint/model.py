@@ -16,7 +16,7 @@ from torch import nn
 
 from ..injection import (
     check_adapter_name,
-    check_ranks,
+    check_shapes,
     keep_bnb_gradients,
     rank_of,
     record_shape,
@@ -98,7 +98,7 @@ class JointSteerLoraModel(Strength, LoraModel):
         with prefixed_errors():
             blocks, _ = resolve_sites(model, steer)
             record_shape(model, steer, next(iter(blocks.values())))
-            check_ranks(steer, blocks)
+            check_shapes(model, steer, blocks)
         self._writers = plan_writers(blocks, peft_config, partial(self._is_targeted, peft_config))
         peft_config.steer_hidden_size, peft_config.steer_num_blocks = steer.hidden_size, steer.num_blocks
         self._sites = {name: device_and_dtype(model.get_submodule(name), model) for name in blocks}

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..interventions import LowRank
+from ..stepping import refuse_flat, whole
 
 
 # Of the correlation matrix of B's columns. Half its square root bounds the overlap that is left in a direction in
@@ -163,7 +164,7 @@ class JointLowRank(LowRank):
 
     def overlap(self) -> float:
         """Overlap of what is read with `lora_B`. Collective where the parameters are distributed."""
-        W, B = _whole(_stored(self, "W_down")), _whole(self.B)
+        W, B = whole(_stored(self, "W_down")), whole(self.B)
         return overlap(project(W, B) if self.orthogonal == "always" else W, B).item()
 
     @torch.no_grad()
@@ -173,7 +174,7 @@ class JointLowRank(LowRank):
         _refuse_flat_parameter(W)
         if W.is_meta:
             raise RuntimeError("`W_down` is offloaded and cannot be projected in place: project before offloading.")
-        new = projected(_whole(W), _whole(self.B))
+        new = projected(whole(W), whole(self.B))
         if isinstance(W, DTensor):  # every rank has computed the same
             new = distribute_tensor(new, W.device_mesh, W.placements, src_data_rank=None)
         W.copy_(new)
@@ -203,17 +204,8 @@ def _stored(module: nn.Module, name: str) -> torch.Tensor:
     return module._hf_hook.weights_map[name]
 
 
-def _whole(x: torch.Tensor) -> torch.Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def _refuse_flat_parameter(W: torch.Tensor) -> None:
-    # FSDP1 flattens parameters; DeepSpeed marks those that it keeps in partitions of its own (stages 1, 2; stage 3).
-    if W.ndim != 2 or W.numel() == 0 or hasattr(W, "_hp_mapping") or hasattr(W, "ds_id"):
-        raise RuntimeError(
-            "`W_down` cannot be projected in place: FSDP1 and DeepSpeed's ZeRO train flattened copies of parameters. "
-            "Use DDP or FSDP2, or `orthogonal='always'` (DeepSpeed) or `orthogonal='none'`."
-        )
+    refuse_flat("W_down", W, ", or `orthogonal='always'` (DeepSpeed) or `orthogonal='none'`")
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
