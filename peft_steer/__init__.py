@@ -14,6 +14,7 @@ from .joint import (
     orthogonality,
     project_,
 )
+from .layer import steered_positions
 from .model import SteerModel
 
 
@@ -32,4 +33,5 @@ __all__ = [
     "joint_optimizer",
     "orthogonality",
     "project_",
+    "steered_positions",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from peft.config import PeftConfig
 
 from .interventions import ACTIVATIONS
-from .positions import POSITIONS
+from .positions import check_positions
 from .registration import add_peft_type
 from .sites import SITES
 
@@ -15,7 +15,9 @@ HEAD_KINDS = ("lofit", "jola")
 KINDS = ("vector", "linear", "nonlinear", "loreft", "noreft", "direft", "nodireft", *HEAD_KINDS)
 WITH_ACTIVATION = ("nonlinear", "noreft", "direft", "nodireft")
 _KINDS_HELP = ", ".join(map(repr, KINDS[:-1])) + f" or {KINDS[-1]!r}"
-_SITE_HELP = "Where: 'block', 'mlp' or 'attention' (their outputs), or 'heads' (the input of the output projection)."
+_SITE_HELP = (
+    "Where: 'block', 'mlp' or 'attention' (their outputs), or 'heads' (the input of the output projection); or a list."
+)
 STEER = add_peft_type("STEER")
 
 
@@ -31,10 +33,10 @@ class SteerConfig(PeftConfig):
     hidden states at one place of every chosen block ("Weight Updates as Activation Shifts", arXiv 2603.00425).
 
     Args:
-        site (`str`):
+        site (`Union[str, list[str]]`):
             Where: `"block"` (the block's output, after the skip connection), `"mlp"` (the MLP's output before the
             skip), `"attention"` (the attention's output before the skip) or `"heads"` (what the attention's heads
-            return, side by side, before the output projection).
+            return, side by side, before the output projection). A list: at each of them, an edit of its own.
         kind (`str`):
             What: `"vector"` (`dh = v`), `"linear"` (`dh = W_up W_down h`, with `use_bias` `+ b`), `"nonlinear"`
             (`dh = W_up act(W_down h)`) or one of ReFT's, by the names of its authors' library: `"loreft"`
@@ -53,7 +55,8 @@ class SteerConfig(PeftConfig):
         scale (`float`):
             Factor of `dh`. It can be changed at inference: see [`SteerModel.set_scale`].
         positions (`str`):
-            Which tokens are edited; `"all"`.
+            Which tokens are edited: `"all"`, `"last"` (the prompt's last), `"f7+l7"` (the prompt's first and last
+            seven; any numbers, or one of the two), `"prompt"` or `"completion"`. See `peft_steer/positions.py`.
         num_heads (`int`, *optional*):
             With `kind="lofit"`: how many heads are chosen, in all blocks together; by default a tenth of them.
         selection_step (`int`, *optional*):
@@ -81,7 +84,7 @@ class SteerConfig(PeftConfig):
             depth.
     """
 
-    site: str = field(default="block", metadata={"help": _SITE_HELP})
+    site: str | list[str] = field(default="block", metadata={"help": _SITE_HELP})
     kind: str = field(default="linear", metadata={"help": f"What: {_KINDS_HELP}."})
     r: int = field(default=8, metadata={"help": "Rank of the edit."})
     activation: str | None = field(
@@ -92,7 +95,9 @@ class SteerConfig(PeftConfig):
     )
     use_bias: bool = field(default=False, metadata={"help": "Whether kind='linear' has a bias b."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
-    positions: str = field(default="all", metadata={"help": "Which tokens are edited: 'all'."})
+    positions: str = field(
+        default="all", metadata={"help": "Which tokens: 'all', 'last', 'f7+l7', 'prompt' or 'completion'."}
+    )
     num_heads: int | None = field(
         default=None, metadata={"help": "With kind='lofit': how many heads are chosen; default: a tenth of all."}
     )
@@ -137,6 +142,11 @@ class SteerConfig(PeftConfig):
             return config
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if f.init})
 
+    @property
+    def sites(self) -> list[str]:
+        """`site` as a list."""
+        return [self.site] if isinstance(self.site, str) else list(self.site)
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = STEER
@@ -145,9 +155,12 @@ class SteerConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        _check_member("site", self.site, SITES)
+        for site in self.sites:
+            _check_member("site", site, SITES)
+        if not self.sites or len(set(self.sites)) < len(self.sites):
+            raise ValueError(f"`site={self.site!r}` must name at least one place, and each only once.")
         _check_member("kind", self.kind, KINDS)
-        _check_member("positions", self.positions, POSITIONS)
+        check_positions(self.positions)
         self.rank_pattern = self.rank_pattern or {}
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise ValueError(f"`scale={self.scale!r}` must be a finite number.")
@@ -174,7 +187,7 @@ class SteerConfig(PeftConfig):
             )
 
     def _check_heads(self) -> None:
-        if self.kind in HEAD_KINDS and self.site != "heads":
+        if self.kind in HEAD_KINDS and self.sites != ["heads"]:
             raise ValueError(
                 f"`site={self.site!r}` contradicts `kind={self.kind!r}`, which edits attention heads. "
                 "Set `site='heads'`."
@@ -232,7 +245,7 @@ class LoreftConfig(SteerConfig):
     states it, on every token. `site="block"` is where the method's authors apply it.
     """
 
-    site: str = field(default="mlp", metadata={"help": _SITE_HELP})
+    site: str | list[str] = field(default="mlp", metadata={"help": _SITE_HELP})
     kind: str = field(default="loreft", metadata={"help": f"What: {_KINDS_HELP}."})
 
 

@@ -16,11 +16,25 @@ def resolve_sites(model: nn.Module, config: SteerConfig) -> tuple[dict[str, Bloc
         blocks = select_blocks(
             model, config.target_modules, exclude_modules, config.layers_to_transform, config.layers_pattern
         )
-        return {site_module(block, config.site)[0]: block for block in blocks}
+        found = {}
+        for block in blocks:
+            for site in config.sites:
+                name = site_module(block, site)[0]
+                if name in found:
+                    raise ValueError(
+                        f"`site={config.site!r}` names two places at the module {name!r}; use an adapter for each."
+                    )
+                found[name] = block
+        return found
 
     chosen = sites(config.exclude_modules)
     excluded = set(sites(None)) - set(chosen) if config.exclude_modules else set()
     return chosen, excluded
+
+
+def site_at(config: SteerConfig, name: str, block: Block) -> str:
+    """Which of the configuration's sites is at the module `name` of `block`."""
+    return next(site for site in config.sites if site_module(block, site)[0] == name)
 
 
 def rank_of(config: SteerConfig, name: str) -> int:
@@ -31,7 +45,7 @@ def rank_of(config: SteerConfig, name: str) -> int:
 def place(model: nn.Module, config: SteerConfig, name: str, block: Block) -> tuple[str, int, int | None]:
     """Of the place at module `name`: the name of the child there, the width of what is edited, and at the attention's
     heads their width."""
-    if config.site != "heads":
+    if site_at(config, name, block) != "heads":
         return CHILD, hidden_size(model, name), None
     number, head_dim = head_shape(block)
     return INPUT_CHILD, number * head_dim, head_dim

@@ -1,5 +1,7 @@
 """The interventions at one site, by adapter name: a child of the steered module, called by a hook on it."""
 
+import re
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -8,6 +10,7 @@ from .config import SteerConfig
 from .heads import Lofit
 from .interventions import FixedVector, Intervention, LowRank
 from .jola import Jola
+from .positions import Selection, split
 from .reft import Direft, Loreft, Nodireft, Noreft
 from .stepping import Group
 
@@ -96,7 +99,12 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("steer_edit",)
-    other_param_names = ("scaling", "initial_scaling")
+    other_param_names = ("scaling", "initial_scaling", "positions")
+
+    # Which tokens the present forward pass has; see `tracking.py`.
+    selection: Selection | None = None
+    # Of the last forward pass, `(rows, tokens)`: the mask of what was edited; its shape, if that is everything.
+    steered: torch.Tensor | tuple[int, ...] | None = None
 
     def __init__(self, module: nn.Module, d: int, head_dim: int | None = None):
         super().__init__()
@@ -105,6 +113,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())  # `steer_edit`
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
+        self.positions: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
         self._merge_backup: tuple | None = None
@@ -138,20 +147,28 @@ class SteerLayer(nn.Module, BaseTunerLayer):
             config, self.out_features, r, device=device, dtype=dtype, head_dim=self.head_dim, group=group
         )
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scale
+        self.positions[adapter_name] = config.positions
+
+    def positions_in_use(self) -> set[str]:
+        """The specifications other than `"all"` of the adapters that may act in the present forward pass."""
+        names = self.active_adapters if self.row_adapters is None else set(self.row_adapters)
+        specs = {self.positions[name] for name in names if name in self.positions}
+        return {part for spec in specs - {"all"} for part in (spec, *split(spec))}
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Steered hidden states, same shape `(..., d)` and dtype."""
+        if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint does not allow
+            self.steered = None
         if self.disable_adapters or self.merged_adapters:
             return hidden_states
         if self.row_adapters is not None:
             return self._steer_rows(hidden_states)
-        edits = self.steer_edit
-        active = [name for name in self.active_adapters if name in edits]
+        active = [name for name in self.active_adapters if name in self.steer_edit]
         if len(active) == 1:
-            return edits[active[0]](hidden_states, self.scaling[active[0]])
+            return self._steer(active[0], hidden_states)
         out = hidden_states
         for name in active:
-            out = out + (edits[name](hidden_states, self.scaling[name]) - hidden_states)
+            out = out + (self._steer(name, hidden_states) - hidden_states)
         return out
 
     def _steer_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -161,8 +178,56 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         for name in sorted(set(self.row_adapters)):
             if name in self.steer_edit:
                 chosen = [i for i, row_name in enumerate(self.row_adapters) if row_name == name]
-                out[chosen] = self.steer_edit[name](rows[chosen], self.scaling[name])
+                out[chosen] = self._steer(name, rows[chosen], chosen)
         return out.view(hidden_states.shape)
+
+    def _steer(self, name: str, h: torch.Tensor, items: list[int] | None = None) -> torch.Tensor:
+        """`h` steered by one adapter, where its positions are. `items`: those of the batch that `h` has, if not
+        all."""
+        edit, scale, positions = self.steer_edit[name], self.scaling[name], self.positions[name]
+        if positions == "all":
+            self._record(True, h, items)
+            return edit(h, scale)
+        if self.selection is None:
+            raise ValueError(
+                f"`positions={positions!r}`: the steered layers do not know where the prompt ends, since a part of "
+                f"the "
+                "model was called by itself, or is recomputed by something other than transformers' gradient "
+                "checkpointing. Call the whole model (`model(...)` or `model.generate(...)`)."
+            )
+        mask = self.selection.mask(positions)
+        if isinstance(mask, torch.Tensor):
+            if items is not None:
+                mask = mask.reshape(len(self.row_adapters), -1)[items]
+            if mask.numel() * h.shape[-1] != h.numel():
+                raise ValueError(
+                    f"`positions={positions!r}`: the hidden states {tuple(h.shape)} do not have one vector for each "
+                    f"of the tokens {tuple(mask.shape)}."
+                )
+        self._record(mask, h, items)
+        if mask is True:
+            return edit(h, scale)
+        if mask is False:
+            return h
+        if torch.compiler.is_compiling():  # the number of rows would be a shape that depends on data
+            return torch.where(mask.reshape(*h.shape[:-1], 1), edit(h, scale), h)
+        flat = h.reshape(-1, h.shape[-1])
+        rows = self.selection.rows(positions) if items is None else mask.flatten().nonzero().flatten()
+        return flat.index_copy(0, rows, edit(flat.index_select(0, rows), scale)).view(h.shape)
+
+    def _record(self, mask: torch.Tensor | bool, h: torch.Tensor, items: list[int] | None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if mask is True and items is None:
+            self.steered = h.shape[:-1]
+            return
+        shape = h.shape[:-1] if items is None else (len(self.row_adapters), h.shape[1])
+        whole = torch.zeros(shape, dtype=torch.bool, device=h.device)
+        whole[... if items is None else items] = mask if isinstance(mask, bool) else mask.view(h.shape[:-1])
+        if self.steered is None:
+            self.steered = whole
+        elif isinstance(self.steered, torch.Tensor):
+            self.steered = self.steered | whole
 
     # --- strength, named as in PEFT's LoRA layers
 
@@ -272,3 +337,29 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         # Called after loading with `low_cpu_mem_usage`: the weights keep the dtype of the file.
         if adapter_name in self.steer_edit:
             self.steer_edit[adapter_name].to(device or device_and_dtype(*self._steered, *self._steered)[0])
+
+
+def steered_positions(model: nn.Module) -> int:
+    """How many positions (tokens of rows, padding included if it was edited) the adapters of `model` edited in its
+    last forward pass, at one site or several. A compiled forward pass is not counted.
+
+    Args:
+        model: a model with adapters of this package, wrapped or not.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SteerLayer)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no steering adapter.")
+    stacks: dict[tuple, torch.Tensor] = {}  # an encoder and a decoder have different tokens
+    for name, layer in layers.items():
+        if layer.steered is None:
+            continue
+        mask = layer.steered
+        if not isinstance(mask, torch.Tensor):
+            mask = torch.ones(mask, dtype=torch.bool)
+        key = re.split(r"\.\d+\.", name)[0]
+        mask = mask.flatten().cpu()
+        stacks[key] = stacks[key] | mask if key in stacks else mask
+    return sum(int(mask.sum()) for mask in stacks.values())

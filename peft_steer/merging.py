@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SteerConfig
-from .injection import resolve_sites
+from .injection import resolve_sites, site_at
 from .layer import CHILD, SteerLayer
 from .sites import Block, output_linear, site_module
 
@@ -57,23 +57,26 @@ def plan_merge(
 def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Block, tried: set[tuple]) -> nn.Module:
     def refuse(reason: str):
         raise ValueError(
-            f"The adapter at {site_name!r} (site={config.site!r}, kind={config.kind!r}) cannot be merged: {reason}. "
+            f"The adapter at {site_name!r} (site={site!r}, kind={config.kind!r}) cannot be merged: {reason}. "
             "Keep it unmerged: `PeftModel.from_pretrained` runs it at nearly the base model's speed, and `unload()` "
             "removes it."
         )
 
+    site = site_at(config, site_name, block)
+    if config.positions != "all":
+        refuse(f"`positions={config.positions!r}` edits some tokens, a weight all of them")
     if config.activation is not None:
         refuse("a nonlinear edit equals no change of a weight")
-    if config.site == "block" and config.kind != "vector":
+    if site == "block" and config.kind != "vector":
         refuse("it reads the skip connection, which is no linear layer's output")
-    if config.site == "heads":
+    if site == "heads":
         linear = model.get_submodule(site_name)
         _check_plain(linear, refuse)
         return linear
-    name, module = site_module(block, "mlp" if config.site == "block" else config.site)
+    name, module = site_module(block, "mlp" if site == "block" else site)
     if "norm" in name.rpartition(".")[2].lower():
         refuse(f"the norm {name!r} stands between the last linear layer and the edit")
-    reader = getattr(module, CHILD, None) if config.site == "block" else None
+    reader = getattr(module, CHILD, None) if site == "block" else None
     if reader is not None and set(reader.active_adapters) & set(reader.steer_edit):
         refuse(f"the active adapters at {name!r} would read it as part of the MLP's output")
     inner = output_linear(module)
@@ -81,7 +84,7 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
         refuse(f"no single linear layer returns the output of {name!r} ({type(module).__name__})")
     linear = module.get_submodule(inner)
     _check_plain(linear, refuse)
-    kind = (config.site, block.stack, type(block.module), type(module))  # blocks of one kind behave alike
+    kind = (site, block.stack, type(block.module), type(module))  # blocks of one kind behave alike
     if kind not in tried and not _arrives_unchanged(model, linear, model.get_submodule(site_name)):
         refuse(f"what {name!r} returns is normalized, scaled or otherwise changed before the place of the edit")
     tried.add(kind)

@@ -24,6 +24,7 @@ from .layer import CHILD, INPUT_CHILD, SteerLayer, device_and_dtype
 from .merging import plan_merge, refuse_to_save
 from .registration import register
 from .stepping import Group
+from .tracking import check_stacks, track, untrack
 
 
 MARKER = f"{CHILD}.steer_edit"  # ends `INPUT_CHILD`'s as well
@@ -113,6 +114,7 @@ class SteerModel(Strength, BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        track(model, self.peft_config[adapter_name].positions)
 
     def _check_sites_of(self, state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
@@ -131,6 +133,7 @@ class SteerModel(Strength, BaseTuner):
         self._sites, self._excluded = resolve_sites(model, peft_config)
         record_shape(model, peft_config, next(iter(self._sites.values())))
         check_shapes(model, peft_config, self._sites)
+        check_stacks(model, peft_config.positions, self._sites)
         self._group = Group()
         keep_bnb_gradients(model)
 
@@ -242,6 +245,7 @@ class SteerModel(Strength, BaseTuner):
             if not merge:
                 layer.unmerge()
             layer.detach()
+        untrack(self.model)
         # what is left to do is `modules_to_save`
         return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar)
 

@@ -21,7 +21,7 @@ from peft_steer import LoreftConfig, PostBlockSteerConfig, SteerConfig
         ({"scale": "big"}, "`scale='big'`"),
         ({"kind": "cubic"}, "`kind='cubic'` is unknown; choose one of 'vector', 'linear', 'nonlinear', 'loreft'"),
         ({"site": "postblock"}, "`site='postblock'` is unknown; choose one of 'block', 'mlp', 'attention'"),
-        ({"positions": "first"}, "`positions='first'` is unknown; choose one of 'all'"),
+        ({"positions": "first"}, "`positions='first'` is unknown; choose 'all', 'last', 'prompt'"),
         (
             {"kind": "nonlinear", "activation": "swish"},
             "`activation='swish'` is unknown; choose one of 'silu', 'relu'",

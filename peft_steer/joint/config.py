@@ -48,13 +48,17 @@ class JointSteerLoraConfig(LoraConfig):
             depth.
     """
 
-    steer_site: str = field(default="block", metadata={"help": "Where to steer: 'block', 'mlp' or 'attention'."})
+    steer_site: str | list[str] = field(
+        default="block", metadata={"help": "Where to steer: 'block', 'mlp' or 'attention', or a list of them."}
+    )
     steer_kind: str = field(default="nonlinear", metadata={"help": "What: as SteerConfig's kind."})
     steer_r: int = field(default=8, metadata={"help": "Rank of the edit."})
     steer_activation: str | None = field(default=None, metadata={"help": "Nonlinearity, as SteerConfig's activation."})
     steer_use_bias: bool = field(default=False, metadata={"help": "Whether steer_kind='linear' has a bias b."})
     steer_scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
-    steer_positions: str = field(default="all", metadata={"help": "Which tokens are edited: 'all'."})
+    steer_positions: str = field(
+        default="all", metadata={"help": "Which tokens: 'all', 'last', 'f7+l7', 'prompt' or 'completion'."}
+    )
     steer_target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the blocks to steer (suffixes or a regular expression)."}
     )
@@ -99,7 +103,7 @@ class JointSteerLoraConfig(LoraConfig):
                 raise ValueError(f"`{name}` cannot be combined with steering: {reason}. Use `LoraConfig` for it.")
 
     def _check_site(self) -> None:
-        if self.steer_site == "heads":
+        if "heads" in self.steer_config().sites:
             raise ValueError(
                 "`steer_site='heads'`: joint adapters steer the hidden states that LoRA writes to. Use another "
                 "`steer_site`, or a `SteerConfig` beside a `LoraConfig`."
@@ -119,12 +123,13 @@ class JointSteerLoraConfig(LoraConfig):
             raise ValueError(f"`orthogonal_interval={interval!r}` must be an integer of at least 1.")
         if self.orthogonal not in ("always", "periodic"):
             return
+        sites = self.steer_config().sites
         unsuited = {
             "steer_kind": (
                 self.steer_kind not in ("linear", "nonlinear"),
                 "only 'linear' and 'nonlinear' have a `W_down`",
             ),
-            "steer_site": (self.steer_site == "attention", "what is edited there is not what the MLP writes"),
+            "steer_site": ("attention" in sites, "what is edited there is not what the MLP writes"),
             "target_parameters": (bool(self.target_parameters), "no single linear layer returns the experts' output"),
         }
         for name, (wrong, reason) in unsuited.items():
@@ -140,7 +145,7 @@ class JointSteerLoraConfig(LoraConfig):
         return (
             self.orthogonal != "none"
             and self.steer_kind in ("linear", "nonlinear")
-            and self.steer_site != "attention"
+            and "attention" not in self.steer_config().sites
             and not self.target_parameters
         )
 

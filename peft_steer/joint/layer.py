@@ -32,7 +32,10 @@ class JointSteerLayer(SteerLayer):
         return getattr(self, CONTAINER)
 
     def forward(self, hidden_states):
-        return hidden_states if self.muted else super().forward(hidden_states)
+        if self.muted:
+            self.steered = None
+            return hidden_states
+        return super().forward(hidden_states)
 
     def update_layer(
         self, adapter_name: str, config: JointSteerLoraConfig, r: int, device, dtype, lora: LoraLayer | None

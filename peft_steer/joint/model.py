@@ -26,6 +26,7 @@ from ..layer import CHILD, device_and_dtype
 from ..model import Strength, check_state_dict
 from ..registration import register
 from ..sites import hidden_size
+from ..tracking import check_stacks, track, untrack
 from .config import JOINT_STEER_LORA, JointSteerLoraConfig, prefixed_errors
 from .layer import CONTAINER, JointSteerLayer, plan_writers
 from .projection import JointLowRank
@@ -91,6 +92,7 @@ class JointSteerLoraModel(Strength, LoraModel):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             self._inject_steering(adapter_name, config, sites)
         self.set_halves(self._halves)
+        track(model, config.steer_positions)
 
     def _prepare_model(self, peft_config: JointSteerLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -99,6 +101,7 @@ class JointSteerLoraModel(Strength, LoraModel):
             blocks, _ = resolve_sites(model, steer)
             record_shape(model, steer, next(iter(blocks.values())))
             check_shapes(model, steer, blocks)
+            check_stacks(model, steer.positions, blocks)
         self._writers = plan_writers(blocks, peft_config, partial(self._is_targeted, peft_config))
         peft_config.steer_hidden_size, peft_config.steer_num_blocks = steer.hidden_size, steer.num_blocks
         self._sites = {name: device_and_dtype(model.get_submodule(name), model) for name in blocks}
@@ -183,6 +186,7 @@ class JointSteerLoraModel(Strength, LoraModel):
             self._check_merge_allowed()
         for layer in self._steer_layers():
             layer.detach()
+        untrack(self.model)
         return super()._unload_and_optionally_merge(merge=merge, **kwargs)
 
     def merge_lora_and_unload(

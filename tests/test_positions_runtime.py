@@ -1,0 +1,315 @@
+"""Positions under everything that runs a model: checkpointing, compilation, copies, several adapters, other model
+classes; and what is refused."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from test_positions import GREEDY, SPECS, expected, mask_of, steered, tokens
+from tiny import SITES, SMALL, inputs, make, randomize, steer_layers
+
+from peft_steer import SteerConfig, steered_positions
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def batch(lengths=(9, 6), prompts=(5, 4), seed=0):
+    ids, mask = tokens(*lengths, seed=seed)
+    labels = ids.clone().masked_fill(mask == 0, -100)
+    for row, n in enumerate(prompts):
+        labels[row, :n] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_gradient_checkpointing_recomputes_with_the_positions_of_its_own_pass(architecture, site, reentrant):
+    """Two passes with other prompts, then one backward; as contrastive losses have it."""
+    one, two = batch(), batch(prompts=(2, 3), seed=1)
+    found = []
+    for checkpointing in (False, True):
+        model = steered(architecture, site=site, positions="f2+l1").train()
+        model.get_base_model().eval().train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        loss = model(**one).loss + model(**two).loss
+        model(**batch(prompts=(1, 1), seed=2))
+        loss.backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(g.abs().sum() > 0 for g in found[0].values())
+
+
+@pytest.mark.parametrize(("site", "spec"), [("mlp", "f2+l1")])
+def test_compile_without_graph_breaks(spec, site):
+    model = steered(site=site, positions=spec)
+    x = batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for m in (model, compiled):
+        model.zero_grad()
+        out = m(**x)
+        out.loss.backward()
+        found.append((out.logits.detach(), gradients(model)))
+    torch.testing.assert_close(found[1], found[0])
+    compiled(**batch(prompts=(2, 3)))  # the mask is no constant of the graph
+    torch.testing.assert_close(compiled(**batch(prompts=(2, 3))).logits, model(**batch(prompts=(2, 3))).logits)
+    with pytest.raises((ValueError, RuntimeError), match="no sequence of this batch has a prompt"):
+        compiled(**batch(prompts=(0, 0)))
+
+
+def test_compiled_generation():
+    """Static cache and compiled decoding steps, as transformers does it by itself on accelerators."""
+    model = steered(positions="completion")
+    ids, mask = tokens(5, 8, side="left")
+    want = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    torch._dynamo.reset()
+    config = tf.CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    found = model.generate(
+        input_ids=ids, attention_mask=mask, cache_implementation="static", compile_config=config, **GREEDY
+    )
+    assert torch.equal(found, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_copies_and_pickles():
+    model = steered(positions="f2+l1")
+    want = model.generate(**tokens_of_a_prompt(), **GREEDY)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(other.generate(**tokens_of_a_prompt(), **GREEDY), want)
+        randomize(other, std=1.0, seed=5)
+        other.get_base_model().lm_head.weight.data.neg_()  # a copy refers to nothing of the original
+        assert not torch.equal(other.generate(**tokens_of_a_prompt(), **GREEDY), want)
+        assert torch.equal(model.generate(**tokens_of_a_prompt(), **GREEDY), want)
+
+
+def tokens_of_a_prompt():
+    ids, mask = tokens(4, 8, side="left")
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_injected_without_a_peft_model():
+    """transformers' own adapters, and PEFT's `inject_adapter_in_model`."""
+    want = steered(positions="f2+l1").generate(**tokens_of_a_prompt(), **GREEDY)
+    native = make()
+    native.add_adapter(SteerConfig(r=4, kind="nonlinear", positions="f2+l1"))
+    for model in (native, inject_adapter_in_model(SteerConfig(r=4, kind="nonlinear", positions="f2+l1"), make())):
+        randomize(model, std=0.5)
+        assert torch.equal(model.eval().generate(**tokens_of_a_prompt(), **GREEDY), want)
+        model(**batch())
+        assert steered_positions(model) == 6
+
+
+def test_saved_and_loaded(tmp_path):
+    model = steered(positions="f2+l1")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(loaded.eval()(**batch()).logits, model(**batch()).logits)
+    assert torch.equal(mask_of(loaded), mask_of(model))
+
+
+def test_several_adapters_with_other_positions():
+    """Active together, each where it acts; rows of one batch with different ones."""
+    model = steered(positions="f2")
+    model.add_adapter("second", SteerConfig(kind="vector", positions="completion"))
+    model.add_adapter("everywhere", SteerConfig(kind="vector"))
+    randomize(model, std=0.5)
+    x = batch()
+    model.base_model.set_adapter(["default", "second"])
+    seen = []
+    layer = next(iter(steer_layers(model).values()))
+    layer.register_forward_hook(lambda m, args, out: seen.extend((args[0], out)))
+    model(**x)
+    h, out = seen
+    first, second = layer.steer_edit["default"], layer.steer_edit["second"]
+    want = h.clone()
+    f2 = torch.tensor([expected("f2", 5, 9), [*expected("f2", 4, 6), *[False] * 3]])
+    rest = torch.tensor([expected("completion", 5, 9), [*expected("completion", 4, 6), *[False] * 3]])
+    want[f2] += first.delta(h)[f2]
+    want[rest] += second.v
+    torch.testing.assert_close(out, want)
+    assert steered_positions(model) == int((f2 | rest).sum()) == 4 + 6
+
+    x = {**tokens_of_a_prompt()}
+    names = ["default", "__base__", "second", "everywhere"]
+    four = {name: value.repeat(2, 1) for name, value in x.items()}
+    together = model.generate(**four, adapter_names=names, **GREEDY)
+    for i, name in enumerate(names):
+        row = {key: value[i : i + 1] for key, value in four.items()}
+        assert torch.equal(model.generate(**row, adapter_names=[name], **GREEDY)[0], together[i])
+    model.set_adapter("everywhere")
+    model(**batch())
+    assert steered_positions(model) == 18
+    with model.disable_adapter():
+        model(**batch())
+        assert steered_positions(model) == 0
+
+
+def test_with_a_lora_adapter_that_does_not_need_positions():
+    """Where no adapter acts that needs to know the prompt, nothing has to be known."""
+    model = steered(positions="last")
+    with model.disable_adapter():
+        want = make()(**inputs()).logits
+        assert torch.equal(model(**inputs()).logits, want)
+    mixed = model.generate(**tokens_of_a_prompt(), adapter_names=["__base__", "__base__"], **GREEDY)
+    assert torch.equal(mixed, make().generate(**tokens_of_a_prompt(), **GREEDY))
+
+
+# --- other classes of models
+
+
+@pytest.mark.parametrize("spec", ["f2+l1", "last", "prompt"])
+def test_classifiers_have_nothing_but_a_prompt(spec):
+    ids, mask = tokens(9, 6)
+    config = tf.LlamaConfig(**SMALL, num_labels=2)
+    for base in (make("bert"), tf.LlamaForSequenceClassification(config).eval()):
+        model = get_peft_model(base, SteerConfig(r=4, kind="nonlinear", positions=spec))
+        model(input_ids=ids, attention_mask=mask)
+        want = torch.zeros_like(mask, dtype=torch.bool)
+        want[0], want[1, :6] = torch.tensor(expected(spec, 9, 9)), torch.tensor(expected(spec, 6, 6))
+        assert torch.equal(mask_of(model), want)
+
+
+@pytest.mark.parametrize("spec", ["f2+l1", "last", "prompt"])
+def test_an_encoder_has_the_prompt(spec):
+    model = steered("t5", positions=spec, target_modules=r"encoder\.block\.\d+")
+    ids, mask = tokens(9, 6)
+    model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :4])
+    want = torch.zeros_like(mask, dtype=torch.bool)
+    want[0], want[1, :6] = torch.tensor(expected(spec, 9, 9)), torch.tensor(expected(spec, 6, 6))
+    assert torch.equal(mask_of(model), want)
+    together = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(mask_of(model), want)
+    for row, n in enumerate((9, 6)):
+        assert torch.equal(model.generate(input_ids=ids[row : row + 1, :n], **GREEDY)[0], together[row])
+
+
+def test_a_decoder_beside_an_encoder_has_the_completion():
+    model = steered("t5", positions="completion", target_modules=r"decoder\.block\.\d+")
+    ids, mask = tokens(9, 6)
+    labels = torch.tensor([[5, 6, 7, 2], [5, 2, -100, -100]])
+    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    assert mask_of(model).tolist() == [[True] * 4, [True, True, False, False]]
+    assert all(g.abs().sum() > 0 for g in gradients(model).values())
+    cached = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **GREEDY), cached)
+    assert steered_positions(model) == 2 * 5
+
+
+# --- merging and unloading
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_merging_is_refused(spec):
+    model = steered(kind="vector", site="mlp", positions=spec)
+    with pytest.raises(ValueError, match=r"positions=.* edits some tokens, a weight all of them"):
+        model.merge_adapter()
+
+
+def test_unloading_leaves_the_model_as_it_was():
+    base = make()
+    before = {name for m in base.modules() for name in vars(m)}
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in base.modules())
+    model = get_peft_model(base, SteerConfig(positions="last")).unload()
+    assert {name for m in model.modules() for name in vars(m)} == before
+    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
+    assert model.generate.__func__ is type(model).generate
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("spec", ["", "first", "f0", "f7+f7", "l7+f7", "f7l7", "f-1", None, 7])
+def test_unknown_positions(spec):
+    with pytest.raises(ValueError, match="`positions="):
+        SteerConfig(positions=spec)
+
+
+UNKNOWN = "nothing tells where it ends"
+REFUSED = {
+    "no labels": ({"input_ids": torch.ones(2, 4, dtype=torch.long)}, UNKNOWN),
+    "labels from the first token": (batch(prompts=(0, 0)), "no sequence of this batch has a prompt"),
+    "too few lengths": ({**inputs(), "prompt_lengths": [3]}, "another number of sequences"),
+    "too long a prompt": ({**inputs(), "prompt_lengths": [3, 8]}, "longer than its sequence"),
+    "a negative length": ({**inputs(), "prompt_lengths": [3, -1]}, "must not be negative"),
+    "no integers": ({**inputs(), "prompt_lengths": [3.0, 2.0]}, "must have one integer"),
+    "a mask of another shape": ({**inputs(), "completion_mask": torch.ones(2, 6)}, "do not show where prompts end"),
+    "a four-dimensional mask": (
+        {**inputs(), "attention_mask": torch.ones(2, 1, 7, 7), "prompt_lengths": [3, 3]},
+        "two-dimensional",
+    ),
+    "a part of a sequence": (
+        {**batch(), "position_ids": torch.arange(9)[None].expand(2, 9) + 3},
+        "a part of a longer sequence",
+    ),
+    "boundaries without positions": (
+        {**batch(), "attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 4, 9])},
+        "needs the `position_ids` of packed sequences",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_pass_whose_prompts_are_unknown(case):
+    arguments, message = REFUSED[case]
+    model = steered(positions="f2+l1")
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)
+    model(**batch())  # it recovers
+    assert steered_positions(model) == 6
+
+
+def test_a_part_of_the_model_alone():
+    model = steered(positions="last")
+    with pytest.raises(ValueError, match="a part of the model was called by itself"):
+        model.get_base_model().model(**inputs())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"cache_implementation": "paged"}, "continuous batching"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, "two-dimensional"),
+    ],
+)
+def test_ways_to_generate_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        steered(positions="last").generate(**{**tokens_of_a_prompt(), **GREEDY, **options})
+
+
+def test_an_assistant_model():
+    """Drafting for a steered model is fine, being steered while drafting is refused."""
+    model, plain = steered(positions="f2+l1"), make()
+    x = {name: value[1:] for name, value in tokens_of_a_prompt().items()}
+    assert torch.equal(model.generate(**x, assistant_model=plain, **GREEDY), model.generate(**x, **GREEDY))
+    with pytest.raises(ValueError, match="an assistant model continues sequences whose prompt it cannot know"):
+        make().generate(**x, assistant_model=model.get_base_model(), **GREEDY)
+
+
+@pytest.mark.parametrize(("spec", "stack"), [("last", "decoder"), ("completion", "encoder")])
+def test_stacks_that_never_see_the_positions(spec, stack):
+    with pytest.raises(ValueError, match=rf"has no token at '{stack}.block.0'.*target_modules="):
+        steered("t5", positions=spec)
+
+
+def test_no_adapter_to_count():
+    with pytest.raises(ValueError, match="has no steering adapter"):
+        steered_positions(get_peft_model(make(), LoraConfig(target_modules=["q_proj"])))
