@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..interventions import LowRank
+from ..interventions import LowRank, low_rank_edit
 from ..stepping import refuse_flat, whole
 
 
@@ -161,6 +161,12 @@ class JointLowRank(LowRank):
         if self.orthogonal == "periodic" and self.training:
             _refuse_flat_parameter(self.W_down)
         return self.W_down
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        W = self.W_read
+        if self.orthogonal == "always":
+            W = W.to(h.dtype)  # it is kept for backward: not in float32 beside a model in half precision
+        return low_rank_edit(h, W, self.W_up, b=self.b, scale=scale, activation=self.activation)
 
     def overlap(self) -> float:
         """Overlap of what is read with `lora_B`. Collective where the parameters are distributed."""
