@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .precision import KeepsPrecision
+
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
@@ -119,7 +121,7 @@ def low_rank_edit(
     return _plain_edit(h, *_cast(h.dtype, *weights), scale, activation)[0]
 
 
-class Intervention(nn.Module):
+class Intervention(KeepsPrecision):
     """Base class: `delta(h)` is the equation; `forward` adds it to `h`.
 
     Subclasses implement `delta`, `reset_parameters` and, where there is something to gain, `forward`.

@@ -273,8 +273,8 @@ class JointSteerLoraModel(Strength, LoraModel):
 def _take_over(edit: nn.Module, trained: nn.Module) -> None:
     """Give `edit` the parameters of `trained`, in their precision."""
     state = dict(trained.named_parameters())
-    for name, p in edit.named_parameters():
-        p.data = state[name].detach().clone()
+    for name, p in list(edit.named_parameters()):
+        setattr(edit, name, nn.Parameter(state[name].detach().clone(), requires_grad=p.requires_grad))
 
 
 register(JOINT_STEER_LORA, JointSteerLoraConfig, JointSteerLoraModel)
