@@ -76,15 +76,16 @@ def test_train_save_load(method, tmp_path, checkpoint, base, kind, site):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("base", ["nf4", "int8"])
-def test_an_adapter_moves_to_another_precision(method, tmp_path, checkpoint, base):
-    model = get_peft_model(load(checkpoint, "fp32"), METHODS[method](kind="nonlinear", task_type="CAUSAL_LM")).eval()
+@pytest.mark.parametrize(("trained", "loaded"), [("fp32", "nf4"), ("fp32", "int8"), ("nf4", "bf16"), ("nf4", "fp32")])
+def test_an_adapter_moves_to_another_precision(method, tmp_path, checkpoint, trained, loaded):
+    """It does there what it did, as far as the bases agree."""
+    model = get_peft_model(load(checkpoint, trained), METHODS[method](kind="nonlinear", task_type="CAUSAL_LM")).eval()
     randomize(model, std=0.5)
     model.save_pretrained(tmp_path)
-    quantized = load(checkpoint, base)
-    plain = logits(quantized)
-    error = (plain - logits(load(checkpoint, "fp32"))).norm()
-    steered = PeftModel.from_pretrained(quantized, tmp_path)
+    other = load(checkpoint, loaded)
+    plain = logits(other)
+    error = (plain - logits(load(checkpoint, trained))).norm()
+    steered = PeftModel.from_pretrained(other, tmp_path)
     assert (logits(steered) - logits(model)).norm() < 3 * error < (logits(steered) - plain).norm()
 
 

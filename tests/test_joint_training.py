@@ -45,11 +45,8 @@ def test_sft_on_every_base(tmp_path, checkpoint, base, mode):
     run = sft_trainer(model, checkpoint, tmp_path, config_for(mode), gradient_checkpointing=base != "int8")
     run.train()
     assert losses(run)[-1] < losses(run)[0]
-    # 64 columns of bfloat16 have too few bits: rounding leaves 3e-4 of overlap (and below 1e-5 from a width of 500)
-    stored = next(x.dtype for n, x in run.model.named_parameters() if "W_down" in n)
-    assert stored == (torch.bfloat16 if base in ("nf4", "int8") else torch.float32)
-    tolerance = 5e-4 if stored == torch.bfloat16 and mode == "periodic" else TOLERANCE
-    assert worst(run.model) < tolerance
+    assert {x.dtype for n, x in run.model.named_parameters() if "W_down" in n} == {torch.float32}
+    assert worst(run.model) < TOLERANCE
     assert all(x.float().abs().sum() > 0 for n, x in adapter_state(run.model).items() if "lora_B" in n or "W_up" in n)
     names = {
         n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in run.model.named_parameters()
@@ -59,7 +56,7 @@ def test_sft_on_every_base(tmp_path, checkpoint, base, mode):
     loaded = PeftModel.from_pretrained(load(checkpoint, base), tmp_path / "checkpoint-6")
     expected = adapter_state(run.model)
     assert all(torch.equal(x.to(expected[n].dtype), expected[n]) for n, x in adapter_state(loaded).items())
-    assert worst(loaded) < tolerance
+    assert worst(loaded) < TOLERANCE
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
