@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from peft_steer import LoreftConfig, SteerConfig
+from peft_steer import JointSteerLoraConfig, LoreftConfig, SteerConfig
 
 
 GLOBAL_BATCH, STEPS = 4, 4
@@ -26,6 +26,9 @@ JOBS = {
     "nonlinear": lambda: SteerConfig(kind="nonlinear", r=4, task_type="CAUSAL_LM"),
     "loreft": lambda: LoreftConfig(r=4, task_type="CAUSAL_LM"),
     "joint": lambda: joint_config(kind="nonlinear", r=4, task_type="CAUSAL_LM"),
+    "joint_free": lambda: JointSteerLoraConfig(
+        r=4, steer_r=4, target_modules="all-linear", orthogonal="none", task_type="CAUSAL_LM"
+    ),
     "lora": lambda: LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
 }
 
