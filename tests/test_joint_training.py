@@ -1,6 +1,6 @@
 """Joint adapters under TRL's trainer, unchanged, and on several processes."""
 
-import socket
+from functools import partial
 
 import pytest
 import torch
@@ -117,12 +117,8 @@ def test_learning_rates_need_both_halves(tmp_path):
 @pytest.fixture(scope="module")
 def trained_by_two(tmp_path_factory):
     """Overlaps after each step and the saved state, by mode and kind of parallelism."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    out = tmp_path_factory.mktemp("distributed") / "out.pt"
-    torch.multiprocessing.spawn(two_processes.train, args=(address, MODES, str(out)), nprocs=2)
-    return torch.load(out, weights_only=True)
+    models = {mode: partial(joint, **config) for mode, config in MODES.items()}
+    return two_processes.run(models, tmp_path_factory.mktemp("distributed") / "out.pt")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

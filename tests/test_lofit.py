@@ -1,14 +1,15 @@
 """LoFiT: the penalty of its first stage, the choice of heads, the second stage; in trainers, copies and files."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import PeftModel, get_peft_model
+import two_processes
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from sft import sft_trainer
 from tiny import inputs, make, randomize, steer_layers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM
 
 from peft_steer import LofitConfig, SteerConfig
 
@@ -188,19 +189,35 @@ def test_more_heads_than_there_are():
 # --- under a trainer
 
 
+def test_several_processes(tmp_path):
+    """Two processes with half a batch each choose the heads, and train the adapter, that one with the whole batch
+    does, under DDP and FSDP2."""
+    make_model = partial(lofit, selection_step=2, num_heads=5, l1_lambda=0.01)
+    found = two_processes.run({"lofit": make_model}, tmp_path / "out.pt")
+    model = make_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(two_processes.STEPS):
+        step(model, optimizer)
+    expected = get_peft_model_state_dict(model)
+    assert sum(int(x.sum()) for name, x in expected.items() if name.endswith("selected")) == 5
+    for kind in ("ddp", "fsdp2"):
+        _, state = found["lofit", kind]
+        assert state.keys() == expected.keys()
+        for name, x in expected.items():
+            torch.testing.assert_close(state[name], x, rtol=1e-3, atol=1e-4)
+
+
 def sft(tiny_llama, output, resume=None, **config):
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(6)]
-    trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32"),
-        args=SFTConfig(
-            output_dir=str(output), report_to="none", use_cpu=True, bf16=False, seed=3, max_steps=6, save_steps=2,
-            logging_steps=1, learning_rate=0.02, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-            gradient_checkpointing=True,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
-        peft_config=SteerConfig(site="heads", task_type="CAUSAL_LM", **config),
-    )  # fmt: skip
+    trainer = sft_trainer(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32"),
+        tiny_llama,
+        output,
+        SteerConfig(site="heads", task_type="CAUSAL_LM", **config),
+        save_steps=2,
+        learning_rate=0.02,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

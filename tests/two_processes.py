@@ -1,9 +1,12 @@
-"""What each of two processes does in the tests of joint training under DDP and FSDP2."""
+"""What each of two processes does in the tests of training under DDP and FSDP2."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from joint_models import joint
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from tiny import inputs, steer_layers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,29 +20,41 @@ from peft_steer import orthogonality
 STEPS = 4
 
 
-def train(rank: int, address: str, modes: dict[str, dict], out: str) -> None:
-    """Train for every mode under DDP and FSDP2; rank 0 writes the results to `out`."""
+def run(models: dict[str, Callable[[], PeftModel]], out: Path) -> dict[tuple[str, str], tuple]:
+    """What `train` writes, by the model's name and the kind of parallelism."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    torch.multiprocessing.spawn(train, args=(address, models, str(out)), nprocs=2)
+    return torch.load(out, weights_only=True)
+
+
+def train(rank: int, address: str, models: dict[str, Callable[[], PeftModel]], out: str) -> None:
+    """Train every model under DDP and FSDP2; rank 0 writes the results to `out`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     results = {}
-    for mode, config in modes.items():
+    for mode, make in models.items():
         for kind in ("ddp", "fsdp2"):
-            results[mode, kind] = _train(rank, kind, config)
+            results[mode, kind] = _train(rank, kind, make().train())
     if rank == 0:
         torch.save(results, out)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _train(rank: int, kind: str, config: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
-    adapted = joint(**config).train()
+def _train(rank: int, kind: str, adapted: PeftModel) -> tuple[list[float], dict[str, torch.Tensor]]:
+    edits = [layer.steer_edit["default"] for layer in steer_layers(adapted.get_base_model()).values()]
     if kind == "fsdp2":
         mesh = init_device_mesh("cpu", (2,))
         for block in adapted.get_base_model().model.layers:
             fully_shard(block, mesh=mesh)
         wrapped = fully_shard(adapted, mesh=mesh)
-        edits = [layer.steer_edit["default"] for layer in steer_layers(adapted.get_base_model()).values()]
-        assert all(isinstance(p, DTensor) for edit in edits for p in (edit.W_down, edit.B))
+        assert all(
+            isinstance(p, DTensor)
+            for edit in edits
+            for p in (*edit.parameters(), *([edit.B] if hasattr(edit, "B") else []))
+        )
     else:
         wrapped = DistributedDataParallel(adapted)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
@@ -49,7 +64,8 @@ def _train(rank: int, kind: str, config: dict) -> tuple[list[float], dict[str, t
         wrapped(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        overlaps.append(max(orthogonality(adapted).values()))
+        if any(hasattr(edit, "B") for edit in edits):
+            overlaps.append(max(orthogonality(adapted).values()))
     state = adapted.state_dict()
     if kind == "fsdp2":
         state = get_model_state_dict(adapted, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
