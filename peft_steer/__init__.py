@@ -16,6 +16,7 @@ from .joint import (
 )
 from .layer import steered_positions
 from .model import SteerModel
+from .tracking import needs_prompts
 
 
 __version__ = version("peft-steer")
@@ -31,6 +32,7 @@ __all__ = [
     "SteerConfig",
     "SteerModel",
     "joint_optimizer",
+    "needs_prompts",
     "orthogonality",
     "project_",
     "steered_positions",

@@ -44,6 +44,13 @@ def track(model: nn.Module, positions: str) -> None:
         model.generate = partial(_generate, model, tracker)
 
 
+def needs_prompts(model: nn.Module) -> bool:
+    """Whether an active adapter in `model` has `positions` that refer to the prompt: then a forward pass has to be
+    told where it ends."""
+    layers = (m for m in model.modules() if isinstance(m, SteerLayer) and not m.disable_adapters)
+    return any(layer.positions_in_use() for layer in layers)
+
+
 def untrack(model: nn.Module) -> None:
     """Undo [`track`]."""
     if not hasattr(model, _TRACKER):

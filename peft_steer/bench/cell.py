@@ -13,11 +13,11 @@ import peft
 import torch
 import transformers
 import trl
-from lm_eval.models.huggingface import HFLM
 from peft import get_peft_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from lm_eval_tasks.model import PeftSteerLM
 from peft_steer import tasks
 from peft_steer.bench.memory import peak_bytes, reset_peak
 from peft_steer.bench.plan import Cell
@@ -101,7 +101,7 @@ def _evaluate(
     cell: Cell, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Any, manager: Any
 ) -> dict[str, Any]:
     output = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size),
+        model=PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size),
         tasks=[task],
         limit=cell.limit,
         task_manager=manager,
