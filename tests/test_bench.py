@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import models, tasks
@@ -24,6 +25,10 @@ from peft_steer.bench.plan import load_grid
 LORA = {"name": "LoRA", "peft_type": "LORA", "r": 2, "target_modules": "all-linear", "learning_rate": 0.01}
 STEER = {"name": "post-block", "peft_type": "STEER", "kind": "nonlinear", "r": 2, "learning_rate": 0.01}
 BASE = {"name": "base", "peft_type": "base"}
+FULL = {"name": "full", "peft_type": "full", "learning_rate": 0.001}
+LOFIT = {"name": "LoFiT", "peft_type": "STEER", "site": "heads", "kind": "lofit", "learning_rate": 0.01}
+LOFIT |= {"num_heads": 3, "selection_step": 2}
+JOLA = {"name": "JoLA", "peft_type": "STEER", "site": "heads", "kind": "jola", "learning_rate": 0.01}
 
 
 def write_grid(folder: Path, **changes) -> Path:
@@ -108,6 +113,8 @@ def test_a_cells_key_is_what_defines_its_result(tmp_path):
         ({"methods": [{**LORA, "learning_rate": "fast"}]}, "method 'LoRA': learning_rate: 'fast' is no number"),
         ({"methods": [{**LORA, "learning_rate": -1.0}]}, "method 'LoRA': learning_rate: -1.0 is not above 0"),
         ({"methods": [{**LORA, "learning_rate": []}]}, "list of learning rates or seeds is empty"),
+        ({"methods": [{**FULL, "r": 8}]}, "method 'full': r: unknown key"),
+        ({"methods": [{"name": "full", "peft_type": "full"}]}, "method 'full': learning_rate: is missing"),
         ({"methods": [{"name": "LoRA", "peft_type": "LORA"}]}, "method 'LoRA': learning_rate: is missing"),
         ({"methods": [{**BASE, "learning_rate": 1.0}]}, "method 'base': learning_rate: unknown key"),
         ({"train": {"completion_only_loss": False}}, "train: completion_only_loss: is set by the bench itself"),
@@ -141,7 +148,7 @@ def finished(tiny_llama, tmp_path_factory):
     """A run with a method that cannot work among the others: its exit code, its folder and its grid."""
     folder = tmp_path_factory.mktemp("finished")
     wrong = {**LORA, "name": "wrong", "target_modules": ["no_such_module"]}
-    grid = write_grid(folder, model=tiny_llama, methods=[BASE, wrong, LORA, STEER])
+    grid = write_grid(folder, model=tiny_llama, methods=[BASE, wrong, LORA, STEER, FULL, LOFIT, JOLA])
     return main([str(grid), "--output", str(folder / "out")]), folder / "out", grid
 
 
@@ -154,11 +161,14 @@ def test_a_failing_method_leaves_the_others(finished):
         "wrong": "failed",
         "LoRA": "done",
         "post-block": "done",
+        "full": "done",
+        "LoFiT": "done",
+        "JoLA": "done",
     }
     assert "no_such_module" in found["wrong"]["error"]
     table = (folder / "table.md").read_text()
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
-    assert rows[2:] == ["base", "wrong", "LoRA", "post-block"]
+    assert rows[2:] == ["base", "wrong", "LoRA", "post-block", "full", "LoFiT", "JoLA"]
     assert "- wrong: NoMatchingPeftModuleError" in table
 
 
@@ -170,7 +180,17 @@ def test_what_is_measured(finished, tiny_llama):
     assert found["base"]["parameters"] == base.num_parameters()
     # Per block, rank 2: W_down and W_up of width 32.
     assert found["post-block"]["trainable"] == 2 * 2 * (32 + 32)
-    for name in ("LoRA", "post-block"):
+    assert found["full"]["trainable"] == found["full"]["parameters"] == base.num_parameters()
+    assert found["full"]["adapter_bytes"] == 4 * base.num_parameters()
+    first, *_, last = (loss for _, loss in found["full"]["loss"])
+    assert first == pytest.approx(
+        found["LoRA"]["loss"][0][1]
+    )  # the same model on the same rows, before the first step
+    assert last != pytest.approx(found["LoRA"]["loss"][-1][1])
+    assert not (folder / "adapters" / found["full"]["key"] / "model.safetensors").exists()
+    lofit = load_file(folder / "adapters" / found["LoFiT"]["key"] / "adapter_model.safetensors")
+    assert sum(int(x.sum()) for name, x in lofit.items() if name.endswith("selected")) == 3
+    for name in ("LoRA", "post-block", "LoFiT", "JoLA"):
         result = found[name]
         assert result["metric"] == "acc"
         assert result["n"] == 40
@@ -193,7 +213,7 @@ def test_a_rerun_repeats_only_what_failed(finished, capsys):
     before = {path: (path.stat().st_mtime_ns, path.read_text()) for path in (folder / "cells").iterdir()}
     assert main([str(grid), "--output", str(folder)]) == code == 1
     printed = capsys.readouterr().out
-    assert printed.count("finished before") == 3
+    assert printed.count("finished before") == 6
     for path, (mtime, text) in before.items():
         assert (path.stat().st_mtime_ns == mtime) == ('"status": "done"' in text)
 

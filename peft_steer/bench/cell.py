@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from lm_eval_tasks.model import PeftSteerLM
 from peft_steer import tasks
 from peft_steer.bench.memory import peak_bytes, reset_peak
-from peft_steer.bench.plan import Cell
+from peft_steer.bench.plan import FULL, Cell
 from peft_steer.cost import saved_bytes
 
 
@@ -30,7 +30,7 @@ def run_cell(cell: Cell, model_path: str, adapter_dir: Path) -> dict[str, Any]:
     Args:
         cell: What to do.
         model_path: What `from_pretrained` loads; `cell.model` says which weights these are.
-        adapter_dir: Where the trained adapter is saved.
+        adapter_dir: Where the trained adapter is saved; a whole model, fully fine-tuned, is not.
 
     Returns:
         Accuracy with its standard error and n, and the costs: sizes in bytes, times in seconds, None where the
@@ -56,7 +56,8 @@ def run_cell(cell: Cell, model_path: str, adapter_dir: Path) -> dict[str, Any]:
 
 def _train(
     cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Any, adapter_dir: Path
-) -> tuple[peft.PeftModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel | peft.PeftModel, dict[str, Any]]:
+    full = cell.config["peft_type"] == FULL
     pairs = tasks.sft_dataset(task)
     arguments = {"bf16": False, "logging_steps": 10, "disable_tqdm": False, **cell.train}
     trainer = SFTTrainer(
@@ -73,7 +74,7 @@ def _train(
         ),
         train_dataset=tasks.tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until"),
         processing_class=tokenizer,
-        peft_config=get_peft_config(dict(cell.config)),
+        peft_config=None if full else get_peft_config(dict(cell.config)),
     )
     reset_peak()
     start = time.perf_counter()
@@ -81,18 +82,24 @@ def _train(
     seconds = time.perf_counter() - start
     peak = peak_bytes()
     trained = trainer.model
-    trained.save_pretrained(adapter_dir)
+    if not full:  # a whole model for every cell would fill the disk
+        trained.save_pretrained(adapter_dir)
     n_rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
     rows = [trainer.train_dataset[i] for i in range(n_rows)]
     batch = {name: value.to(trained.device) for name, value in trainer.data_collator(rows).items()}
-    trainable, parameters = trained.get_nb_trainable_parameters()
+    if full:
+        trainable = parameters = trained.num_parameters()
+        weights = sum(p.nbytes for p in trained.parameters())
+    else:
+        trainable, parameters = trained.get_nb_trainable_parameters()
+        weights = (adapter_dir / "adapter_model.safetensors").stat().st_size
     return trained, {
         "trainable": trainable,
         "parameters": parameters,
         "train_seconds": seconds,
         "peak_bytes": peak,
         "saved_bytes": saved_bytes(trained, batch),
-        "adapter_bytes": (adapter_dir / "adapter_model.safetensors").stat().st_size,
+        "adapter_bytes": weights,
         "loss": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
     }
 

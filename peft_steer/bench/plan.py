@@ -21,6 +21,7 @@ from peft_steer.suggest import suggest
 
 # What the bench sets itself, so a grid's `train` may not.
 _OURS = {"output_dir", "learning_rate", "seed", "save_strategy", "report_to", "use_cpu", "completion_only_loss"}
+FULL = "full"  # the `peft_type` of full fine-tuning: every parameter, in the grid's dtype
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,7 +31,8 @@ class Method:
 
     Attributes:
         name: Its row in the table.
-        config: A PEFT config's fields, `peft_type` among them; empty for the untrained base.
+        config: A PEFT config's fields, `peft_type` among them; empty for the untrained base, `{"peft_type": "full"}`
+            for full fine-tuning.
         learning_rates: One cell each; `[0.0]` for the base.
         train: Overrides of the grid's `train` for this method.
     """
@@ -185,12 +187,15 @@ def _method(index: int, raw: Any) -> Method:
         _check_keys(where, raw, ())
         return Method(name, {}, (0.0,))
     known = {member.value: config for member, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if type_name not in known:
-        raise ValueError(f"{where}: peft_type: unknown {type_name!r}{suggest(type_name, [*known, 'base'])}")
+    if type_name not in (*known, FULL):
+        raise ValueError(f"{where}: peft_type: unknown {type_name!r}{suggest(type_name, [*known, 'base', FULL])}")
     if "learning_rate" not in raw:
         raise ValueError(f"{where}: learning_rate: is missing")
     rates = tuple(_rate(f"{where}: learning_rate", r) for r in _listed(raw.pop("learning_rate")))
     train = _train(f"{where}: train", raw.pop("train", {}))
+    if type_name == FULL:
+        _check_keys(where, raw, (), extra=("name", "peft_type", "learning_rate", "train"))
+        return Method(name, {"peft_type": FULL}, rates, train)
     fields = {f.name for f in dataclasses.fields(known[type_name]) if f.init} - {"peft_type"}
     _check_keys(where, raw, fields, extra=("name", "peft_type", "learning_rate", "train"))
     raw.setdefault("task_type", "CAUSAL_LM")

@@ -21,6 +21,8 @@ PRESETS = {
     "noreft": "STEER:kind=noreft,site=mlp",
     "direft": "STEER:kind=direft,site=mlp",
     "nodireft": "STEER:kind=nodireft,site=mlp",
+    "lofit": "STEER:kind=lofit,site=heads",
+    "jola": "STEER:kind=jola,site=heads",
     "joint": "JOINT_STEER_LORA:r=8,target_modules=all-linear",
 }
 # The least that trains anything in block 0: a vector added to its output, for which nothing is kept.

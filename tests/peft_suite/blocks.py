@@ -28,6 +28,7 @@ class _Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.self_attn = _Branch("o_proj")
+        self.self_attn.num_heads = 4
         self.norm = nn.LayerNorm(WIDTH)
         self.mlp = _Branch("down_proj")
 

@@ -18,7 +18,7 @@ class Case:
 
 
 def steer_cases() -> list[Case]:
-    from peft_steer import LoreftConfig, PostBlockSteerConfig, SteerConfig
+    from peft_steer import LofitConfig, LoreftConfig, PostBlockSteerConfig, SteerConfig
 
     return [
         Case("block-nonlinear", PostBlockSteerConfig, {"r": 4}),
@@ -26,6 +26,7 @@ def steer_cases() -> list[Case]:
         Case("block-vector", SteerConfig, {"site": "block", "kind": "vector"}),
         Case("mlp-loreft", LoreftConfig, {"r": 4}),
         Case("attention-linear", SteerConfig, {"site": "attention", "kind": "linear", "r": 4}),
+        Case("heads-lofit", LofitConfig),
     ]
 
 
