@@ -14,9 +14,8 @@ from .joint import (
     orthogonality,
     project_,
 )
-from .layer import steered_positions
 from .model import SteerModel
-from .tracking import needs_prompts
+from .tracking import needs_prompts, steered_positions
 
 
 __version__ = version("peft-steer")

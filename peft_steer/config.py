@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from peft.config import PeftConfig
 
 from .interventions import ACTIVATIONS
-from .positions import check_positions
+from .positions import check_positions, split
 from .registration import add_peft_type
 from .sites import SITES
 
@@ -57,6 +57,9 @@ class SteerConfig(PeftConfig):
         positions (`str`):
             Which tokens are edited: `"all"`, `"last"` (the prompt's last), `"f7+l7"` (the prompt's first and last
             seven; any numbers, or one of the two), `"prompt"` or `"completion"`. See `peft_steer/positions.py`.
+        tie_weights (`bool`):
+            Whether the prompt's first and last tokens share one edit. `False` gives each an edit of its own (with
+            `positions` such as `"f7+l7"`).
         num_heads (`int`, *optional*):
             With `kind="lofit"`: how many heads are chosen, in all blocks together; by default a tenth of them.
         selection_step (`int`, *optional*):
@@ -97,6 +100,9 @@ class SteerConfig(PeftConfig):
     scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
     positions: str = field(
         default="all", metadata={"help": "Which tokens: 'all', 'last', 'f7+l7', 'prompt' or 'completion'."}
+    )
+    tie_weights: bool = field(
+        default=True, metadata={"help": "Whether first and last tokens (positions='f7+l7') share one edit."}
     )
     num_heads: int | None = field(
         default=None, metadata={"help": "With kind='lofit': how many heads are chosen; default: a tenth of all."}
@@ -161,6 +167,16 @@ class SteerConfig(PeftConfig):
             raise ValueError(f"`site={self.site!r}` must name at least one place, and each only once.")
         _check_member("kind", self.kind, KINDS)
         check_positions(self.positions)
+        if not self.tie_weights and len(split(self.positions)) < 2:
+            raise ValueError(
+                f"`tie_weights=False` contradicts `positions={self.positions!r}`: only first and last tokens "
+                f"together, "
+                "such as positions='f7+l7', can have edits of their own."
+            )
+        if not self.tie_weights and self.kind in HEAD_KINDS:
+            raise ValueError(
+                f"`tie_weights=False` contradicts `kind={self.kind!r}`, which chooses among one set of heads."
+            )
         self.rank_pattern = self.rank_pattern or {}
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise ValueError(f"`scale={self.scale!r}` must be a finite number.")

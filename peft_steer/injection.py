@@ -1,5 +1,6 @@
 """Where a configuration puts its layers in a given model, and what is checked before they are put there."""
 
+import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -80,7 +81,7 @@ def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """Raise `ValueError` if the name is a part of a module's path: PEFT tells adapters apart by `.name.` in the
     key."""
-    parts = {CHILD, INPUT_CHILD, "steer_edit", "lora_steer_edit"}
+    parts = {CHILD, INPUT_CHILD, "steer_edit", "lora_steer_edit", "prefix", "suffix"}
     for name, _ in model.named_modules():
         if f"{CHILD}." not in name:
             parts.update(name.split("."))
@@ -104,3 +105,28 @@ def keep_bnb_gradients(model: nn.Module) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
             module.state_dict()
+
+
+def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], marker: str) -> None:
+    """Raise `ValueError` unless `state_dict` has exactly the tensors that the adapter has in `model`, of its shapes
+    and without NaN."""
+
+    def bare(name: str) -> str:
+        return name.removeprefix("base_model.model.")
+
+    expected = {bare(k): p for k, p in model.state_dict().items() if f"{marker}.{adapter_name}." in k}
+    found = {bare(k): x for k, x in state_dict.items() if f"{marker}." in k}
+    for what, names in (("lacks", expected.keys() - found.keys()), ("has extra", found.keys() - expected.keys())):
+        if names:
+            raise ValueError(
+                f"The checkpoint of adapter {adapter_name!r} {what} {len(names)} tensor(s), such as {min(names)!r}: "
+                "it belongs to another configuration or base model, or the file is damaged."
+            )
+    for name, x in found.items():
+        if x.shape != expected[name].shape:
+            raise ValueError(
+                f"{name!r} has the shape {tuple(x.shape)} in the checkpoint of adapter {adapter_name!r} and "
+                f"{tuple(expected[name].shape)} in the model: the checkpoint belongs to another rank or base model."
+            )
+        if not x.isfinite().all():
+            raise ValueError(f"{name!r} in the checkpoint of adapter {adapter_name!r} has values that are not finite.")

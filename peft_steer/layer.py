@@ -1,17 +1,13 @@
 """The interventions at one site, by adapter name: a child of the steered module, called by a hook on it."""
 
-import re
-
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .building import build_intervention, device_and_dtype
 from .config import SteerConfig
-from .heads import Lofit
-from .interventions import FixedVector, Intervention, LowRank
-from .jola import Jola
+from .interventions import Intervention
 from .positions import Selection, split
-from .reft import Direft, Loreft, Nodireft, Noreft
 from .stepping import Group
 
 
@@ -42,48 +38,6 @@ def steer_input(module: nn.Module, args: tuple) -> tuple:
     if not args:
         raise TypeError(f"{type(module).__name__} gets no positional argument: its input cannot be steered.")
     return (getattr(module, INPUT_CHILD)(args[0]), *args[1:])
-
-
-def build_intervention(
-    config: SteerConfig,
-    d: int,
-    r: int,
-    device=None,
-    dtype=None,
-    head_dim: int | None = None,
-    group: Group | None = None,
-) -> Intervention:
-    """The module for `config.kind`, for hidden states of width `d` and with rank `r`; for kinds that edit heads, of
-    width `head_dim`, with the group of the adapter's edits."""
-    common = {"init_weights": config.init_weights, "device": device, "dtype": dtype}
-    if config.kind == "vector":
-        return FixedVector(d, **common)
-    if config.kind == "loreft":
-        return Loreft(d, r, **common)
-    if config.kind == "jola":
-        return Jola(d // head_dim, head_dim, group, **common)
-    if config.kind == "lofit":
-        stages = {"chosen": config.num_heads, "selection_step": config.selection_step, "l1_lambda": config.l1_lambda}
-        return Lofit(d // head_dim, head_dim, group, **stages, **common)
-    reft = {"noreft": Noreft, "direft": Direft, "nodireft": Nodireft}
-    if config.kind in reft:
-        return reft[config.kind](d, r, activation=config.activation, **common)
-    return LowRank(d, r, activation=config.activation, use_bias=config.use_bias, **common)
-
-
-def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device on which the steered module runs and the dtype in which it computes."""
-    parameters = [p for module in (target, model) for p in module.parameters()]
-    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
-    if not parameters:
-        return torch.device("cpu"), dtype
-    device = parameters[0].device
-    if device.type == "meta":  # offloaded by accelerate, which knows where it runs
-        hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
-        device = torch.device(
-            next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
-        )
-    return device, dtype
 
 
 class SteerLayer(nn.Module, BaseTunerLayer):
@@ -143,8 +97,14 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, config: SteerConfig, r: int, device, dtype, group: Group | None = None
     ) -> None:
         """Add the adapter `adapter_name`; `group` is that of the adapter's edits in the whole model."""
-        self.steer_edit[adapter_name] = build_intervention(
-            config, self.out_features, r, device=device, dtype=dtype, head_dim=self.head_dim, group=group
+        edits = [
+            build_intervention(
+                config, self.out_features, r, device=device, dtype=dtype, head_dim=self.head_dim, group=group
+            )
+            for _ in range(1 if config.tie_weights else 2)
+        ]
+        self.steer_edit[adapter_name] = (
+            edits[0] if config.tie_weights else nn.ModuleDict({"prefix": edits[0], "suffix": edits[1]})
         )
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scale
         self.positions[adapter_name] = config.positions
@@ -185,25 +145,29 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         """`h` steered by one adapter, where its positions are. `items`: those of the batch that `h` has, if not
         all."""
         edit, scale, positions = self.steer_edit[name], self.scaling[name], self.positions[name]
+        if not isinstance(edit, nn.ModuleDict):
+            return self._edit_at(positions, edit, h, scale, items)
+        for part, ends in zip(edit.values(), split(positions), strict=True):  # of different tokens
+            h = self._edit_at(ends, part, h, scale, items)
+        return h
+
+    def _edit_at(
+        self, positions: str, edit: Intervention, h: torch.Tensor, scale: float, items: list[int] | None
+    ) -> torch.Tensor:
         if positions == "all":
             self._record(True, h, items)
             return edit(h, scale)
         if self.selection is None:
             raise ValueError(
-                f"`positions={positions!r}`: the steered layers do not know where the prompt ends, since a part of "
-                f"the "
+                f"`positions={positions!r}`: the steered layers do not know where the prompt ends: a part of the "
                 "model was called by itself, or is recomputed by something other than transformers' gradient "
                 "checkpointing. Call the whole model (`model(...)` or `model.generate(...)`)."
             )
         mask = self.selection.mask(positions)
-        if isinstance(mask, torch.Tensor):
-            if items is not None:
-                mask = mask.reshape(len(self.row_adapters), -1)[items]
-            if mask.numel() * h.shape[-1] != h.numel():
-                raise ValueError(
-                    f"`positions={positions!r}`: the hidden states {tuple(h.shape)} do not have one vector for each "
-                    f"of the tokens {tuple(mask.shape)}."
-                )
+        if items is not None and isinstance(mask, torch.Tensor):
+            mask = mask.reshape(len(self.row_adapters), -1)[items]
+        if isinstance(mask, torch.Tensor) and mask.numel() * h.shape[-1] != h.numel():
+            raise ValueError(f"`positions`: hidden states {tuple(h.shape)} for tokens {tuple(mask.shape)}.")
         self._record(mask, h, items)
         if mask is True:
             return edit(h, scale)
@@ -337,29 +301,3 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         # Called after loading with `low_cpu_mem_usage`: the weights keep the dtype of the file.
         if adapter_name in self.steer_edit:
             self.steer_edit[adapter_name].to(device or device_and_dtype(*self._steered, *self._steered)[0])
-
-
-def steered_positions(model: nn.Module) -> int:
-    """How many positions (tokens of rows, padding included if it was edited) the adapters of `model` edited in its
-    last forward pass, at one site or several. A compiled forward pass is not counted.
-
-    Args:
-        model: a model with adapters of this package, wrapped or not.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SteerLayer)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no steering adapter.")
-    stacks: dict[tuple, torch.Tensor] = {}  # an encoder and a decoder have different tokens
-    for name, layer in layers.items():
-        if layer.steered is None:
-            continue
-        mask = layer.steered
-        if not isinstance(mask, torch.Tensor):
-            mask = torch.ones(mask, dtype=torch.bool)
-        key = re.split(r"\.\d+\.", name)[0]
-        mask = mask.flatten().cpu()
-        stacks[key] = stacks[key] | mask if key in stacks else mask
-    return sum(int(mask.sum()) for mask in stacks.values())

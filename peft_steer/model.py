@@ -14,6 +14,7 @@ from .config import STEER, SteerConfig
 from .injection import (
     check_adapter_name,
     check_shapes,
+    check_state_dict,
     keep_bnb_gradients,
     place,
     rank_of,
@@ -258,37 +259,16 @@ class SteerModel(Strength, BaseTuner):
         return {key: x for key, x in state_dict.items() if f"{MARKER}.{adapter_name}." in key}
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if MARKER in key:  # PEFT looks for it just before the parameter's name
+            return key.replace(f"{MARKER}.{adapter_name}.", f"{MARKER}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = {key.replace(f"{MARKER}.", f"{MARKER}.{adapter_name}."): x for key, x in state_dict.items()}
-        check_state_dict(model, adapter_name, state_dict)
+        check_state_dict(model, adapter_name, state_dict, MARKER)
         return state_dict
-
-
-def check_state_dict(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], marker: str = MARKER
-) -> None:
-    """Raise `ValueError` unless `state_dict` has exactly the tensors that the adapter has in `model`, of its shapes
-    and without NaN."""
-
-    def bare(name: str) -> str:
-        return name.removeprefix("base_model.model.")
-
-    expected = {bare(k): p for k, p in model.state_dict().items() if f"{marker}.{adapter_name}." in k}
-    found = {bare(k): x for k, x in state_dict.items() if f"{marker}." in k}
-    for what, names in (("lacks", expected.keys() - found.keys()), ("has extra", found.keys() - expected.keys())):
-        if names:
-            raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} {what} {len(names)} tensor(s), such as {min(names)!r}: "
-                "it belongs to another configuration or base model, or the file is damaged."
-            )
-    for name, x in found.items():
-        if x.shape != expected[name].shape:
-            raise ValueError(
-                f"{name!r} has the shape {tuple(x.shape)} in the checkpoint of adapter {adapter_name!r} and "
-                f"{tuple(expected[name].shape)} in the model: the checkpoint belongs to another rank or base model."
-            )
-        if not x.isfinite().all():
-            raise ValueError(f"{name!r} in the checkpoint of adapter {adapter_name!r} has values that are not finite.")
 
 
 def _pass_adapter_names(module, args, kwargs, adapter_names):

@@ -4,6 +4,7 @@ Everything is a module-level function or class, so that a steered model can be c
 """
 
 import inspect
+import re
 from collections.abc import Iterable
 from functools import partial
 
@@ -197,3 +198,29 @@ def _inferred_mask(model: nn.Module, x: torch.Tensor, kwargs: dict) -> torch.Ten
     if x.ndim != 2 or pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     return x != pad
+
+
+def steered_positions(model: nn.Module) -> int:
+    """How many positions (tokens of rows, padding included if it was edited) the adapters of `model` edited in its
+    last forward pass, at one site or several. A compiled forward pass is not counted.
+
+    Args:
+        model: a model with adapters of this package, wrapped or not.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SteerLayer)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no steering adapter.")
+    stacks: dict[tuple, torch.Tensor] = {}  # an encoder and a decoder have different tokens
+    for name, layer in layers.items():
+        if layer.steered is None:
+            continue
+        mask = layer.steered
+        if not isinstance(mask, torch.Tensor):
+            mask = torch.ones(mask, dtype=torch.bool)
+        key = re.split(r"\.\d+\.", name)[0]
+        mask = mask.flatten().cpu()
+        stacks[key] = stacks[key] | mask if key in stacks else mask
+    return sum(int(mask.sum()) for mask in stacks.values())

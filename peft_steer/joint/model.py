@@ -17,13 +17,14 @@ from torch import nn
 from ..injection import (
     check_adapter_name,
     check_shapes,
+    check_state_dict,
     keep_bnb_gradients,
     rank_of,
     record_shape,
     resolve_sites,
 )
 from ..layer import CHILD, device_and_dtype
-from ..model import Strength, check_state_dict
+from ..model import Strength
 from ..registration import register
 from ..sites import hidden_size
 from ..tracking import check_stacks, track, untrack
