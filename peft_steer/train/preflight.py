@@ -36,15 +36,17 @@ def preflight(trainer: Trainer, text: str) -> None:
         logger.warning("Pre-flight: no forward pass is tried, ZeRO-3 has already taken the parameters apart.")
         return
     ids = trainer.processing_class(text=text, return_tensors="pt").input_ids[:, :_TOKENS].to(model.device)
+    labels = ids.clone()
+    labels[:, : ids.shape[1] // 2] = -100  # a prompt and a completion, for adapters that steer one of them
     keep_bnb_gradients(model)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            before = model(input_ids=ids, labels=ids)
+            before = model(input_ids=ids, labels=labels)
             if not before.loss.isfinite():
                 raise RuntimeError(f"Pre-flight: the loss is {before.loss.item()} before the first step.")
-            if isinstance(model, PeftModel) and not _acts(model, trained, ids, before.logits):
+            if isinstance(model, PeftModel) and not _acts(model, trained, before.logits, input_ids=ids, labels=labels):
                 raise RuntimeError(
                     "Pre-flight: the logits do not change with the adapter's weights: it would train nothing. Is it "
                     "disabled or merged, or do its target modules take no part in the forward pass?"
@@ -53,13 +55,13 @@ def preflight(trainer: Trainer, text: str) -> None:
         model.train(training)
 
 
-def _acts(model: PeftModel, trained: dict[str, torch.nn.Parameter], ids: torch.Tensor, logits: torch.Tensor) -> bool:
+def _acts(model: PeftModel, trained: dict[str, torch.nn.Parameter], logits: torch.Tensor, **batch) -> bool:
     generator = torch.Generator().manual_seed(0)
     kept = {name: p.detach().clone() for name, p in trained.items()}
     try:
         for p in trained.values():
             p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
-        return not torch.equal(model(input_ids=ids).logits, logits)
+        return not torch.equal(model(**batch).logits, logits)
     finally:
         for name, p in trained.items():
             p.copy_(kept[name])
