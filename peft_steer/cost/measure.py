@@ -73,18 +73,23 @@ def greedy_decoding(model: PreTrainedModel | PeftModel, prompt: torch.Tensor, ne
 def interleaved_seconds(
     functions: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, seed: int, label: str
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round, in a new random order each round, after one round to warm up."""
+    """Seconds of each function in each round, in a new random order each round, after one round to warm up.
+
+    On a CPU they are seconds of this process on the processor, which other processes on a shared machine do not
+    lengthen; on an accelerator, seconds that pass.
+    """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     names, order = list(functions), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_index in tqdm(range(rounds + 1), desc=label, leave=False):
         order.shuffle(names)
         for name in names:
             _synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             functions[name]()
             _synchronize(device)
             if round_index:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -33,10 +33,11 @@ def report(results: dict[str, Any]) -> str:
     timed = settings["dtype"][0] + CHECKPOINTING[settings["gradient_checkpointing"]]
     kept = ", ".join(f"{size / 1e6:,.1f} MB ({setting})" for setting, size in floor["saved_bytes"].items())
     token = statistics.median(results["base"]["decode_seconds"]) / settings["new_tokens"]
+    clock = "processor time" if results["environment"]["device"].endswith("threads") else "elapsed time"
     return (
         f"{results['model']}, batch {settings['batch_size']} x {settings['length']}, "
         f"{results['environment']['device']}. Steps and peak: {timed}. "
-        f"Decoding: {settings['dtype'][0]}, batch 1. Times: median of {settings['rounds']} rounds (quartiles).\n"
+        f"Decoding: {settings['dtype'][0]}, batch 1. Times: {clock}, median of {settings['rounds']} rounds (quartiles).\n"
         f"The floor keeps {kept}; a step takes {statistics.median(floor['step_seconds']):.3f} s and its peak is "
         f"{floor['peak_bytes'] / 1e6:,.1f} MB with the weights. The base decodes a token in {token * 1e3:.1f} ms.\n\n"
         + tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)

@@ -220,7 +220,7 @@ def _evaluation(arguments: Arguments, source: Source, directory: str) -> str:
     task = arguments.task
     adapter = arguments.peft_config is not None or task.adapter_name_or_path is not None
     where = f"pretrained={source.path},peft={directory}" if adapter else f"pretrained={directory}"
-    words = ["peft-steer", "lm-eval", "--model", "hf", "--model_args", where, "--tasks", task.task or "TASK"]
+    words = ["peft-steer", "lm-eval", "--model", "peft-steer", "--model_args", where, "--tasks", task.task or "TASK"]
     for name in ("include_path", "num_fewshot", "system_instruction"):
         value = getattr(task, name)
         words += [] if value is None else [f"--{name}", str(value)]
