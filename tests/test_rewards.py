@@ -68,6 +68,10 @@ def test_columns_of_the_data():
     data = tasks.grpo_dataset(generative(doc_to_target="It is #### {{text}}"), "validation")
     assert list(data["prompt"]) == ["Q: 1+1?\nA:", "Q: 2+2?\nA:"]
     assert list(data["solution"]) == ["two", "four"]
+    assert list(tasks.grpo_dataset(generative())["solution"]) == [
+        "two",
+        "four",
+    ]  # the filter does not match the target
     assert list(data["split"]) == ["validation"] * 2
     assert list(data["doc_id"]) == [0, 1]
 

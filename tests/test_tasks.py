@@ -49,6 +49,11 @@ def multiple_choice(**config) -> ConfigurableTask:
             ["Q: 1+1?\nA:", "Q: 2+2?\nA:"],
             [" two", " four"],
         ),
+        (
+            make_task(output_type="generate_until", doc_to_target="answer", doc_to_choice="options"),
+            ["Q: 1+1?\nA:", "Q: 2+2?\nA:"],
+            [" two", " four"],
+        ),
     ],
 )
 def test_pairs_are_what_the_harness_scores(task, prompts, completions):
@@ -67,11 +72,12 @@ def test_never_the_evaluated_split():
         tasks.sft_dataset(validated)
 
 
-def test_few_shot_prompts_are_the_harness_prompts_without_the_document_itself():
+@pytest.mark.parametrize("fewshot_split", ["train", None])
+def test_few_shot_prompts_are_the_harness_prompts_without_the_document_itself(fewshot_split):
     rows = {"question": [f"{i}+1?" for i in range(4)], "text": [f"<{i + 1}>" for i in range(4)]}
     data = {split: datasets.Dataset.from_dict(rows) for split in ("train", "test")}
     options = {"output_type": "generate_until", "doc_to_target": "text", "custom_dataset": lambda **_: data}
-    task = make_task(**options, validation_split=None, fewshot_split="train", num_fewshot=3)
+    task = make_task(**options, validation_split=None, fewshot_split=fewshot_split, num_fewshot=3)
     task.set_fewshot_seed(1234)
     for i, (prompt, completion) in enumerate(zip(*tasks.sft_dataset(task)[:].values(), strict=True)):
         *shots, question = prompt.split("\n\n")
@@ -85,7 +91,9 @@ def test_chat_messages_carry_the_harness_text():
     row = tasks.sft_dataset(task, apply_chat_template=True, system_instruction="Add.")[1]
     assert row["prompt"] == [
         {"role": "system", "content": "Add."},
-        {"role": "user", "content": "Q: 1+1?\nA: two\n\nQ: 2+2?\nA:"},
+        {"role": "user", "content": "Q: 1+1?\nA:"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "Q: 2+2?\nA:"},
     ]
     assert row["completion"] == [{"role": "assistant", "content": "four"}]
 
@@ -98,6 +106,12 @@ def test_preferences_are_the_right_choice_and_a_wrong_one():
     assert set(data["rejected"]) <= {" one", " two", " three", " four"}
     assert all(row["rejected"] != row["chosen"] for row in data)
     assert data[:] == tasks.dpo_dataset(task)[:]
+    several = multiple_choice(doc_to_choice=["a", "b", "c", "a"], doc_to_target=lambda doc: [0, 1])
+    assert all(set(tasks.dpo_dataset(several, seed=seed)["rejected"]) == {" c"} for seed in range(5))
+    with pytest.raises(ValueError, match="has no wrong choice"):
+        tasks.dpo_dataset(multiple_choice(doc_to_choice=["a", "a"]))
+    with pytest.raises(ValueError, match="none of its choices"):
+        tasks.dpo_dataset(multiple_choice(doc_to_target=lambda doc: -1))
     with pytest.raises(ValueError, match="its choices are in the prompt"):
         tasks.dpo_dataset(multiple_choice(doc_to_text="answer", doc_to_target="is right"))
 
@@ -105,6 +119,13 @@ def test_preferences_are_the_right_choice_and_a_wrong_one():
 def test_what_cannot_be_trained_on():
     with pytest.raises(ValueError, match="watched in training on 'validation', the split that it is evaluated on"):
         tasks.sft_dataset(multiple_choice(test_split=None), "validation")
+    shots = {"num_fewshot": 1, "fewshot_split": "test"}
+    with pytest.raises(ValueError, match="takes its examples from 'test', the split that it is evaluated on"):
+        tasks.sft_dataset(multiple_choice(**shots))
+    with pytest.raises(ValueError, match="begins the answer itself"):
+        tasks.sft_dataset(multiple_choice(gen_prefix="It is"), apply_chat_template=True)
+    with pytest.raises(ValueError, match="has no answer"):
+        tasks.sft_dataset(make_task(output_type="generate_until", doc_to_target=lambda doc: None))
     with pytest.raises(ValueError, match="only of 'generate_until'"):
         tasks.grpo_dataset(multiple_choice())
 
@@ -131,7 +152,9 @@ def test_evaluated_split():
 def test_tokens_are_the_harness_tokens(tiny_llama, end):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     harness = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(tiny_llama), tokenizer=tokenizer)
-    pairs = datasets.Dataset.from_dict({"prompt": ["max(1,2)=", "Q: a?\nA:"], "completion": ["2", " b c"]})
+    pairs = datasets.Dataset.from_dict(
+        {"prompt": ["max(1,2)=", "Q: a?\nA:", "A: "], "completion": ["2", " b c", "two hundred"]}
+    )
     for pair, row in zip(pairs, tasks.tokenize(pairs, tokenizer, end=end), strict=True):
         context, continuation = harness._encode_pair(pair["prompt"], pair["completion"])
         learned = [token for token, learn in zip(row["input_ids"], row["completion_mask"], strict=True) if learn]

@@ -113,7 +113,7 @@ def test_what_is_saved_is_what_was_trained_and_the_card_says_how_to_load_it(
     assert state(out)
     if command is not grpo:  # its rewards are all zero here
         assert not torch.equal(loaded(ids).logits, before)
-    assert f"pretrained={tiny_llama},peft={out} --tasks sums_" in capsys.readouterr().out
+    assert f"pretrained={tiny_llama},peft={out},dtype=float32,tokenizer={out} --tasks sums_" in capsys.readouterr().out
     card = (out / "README.md").read_text()
     task = "sums_text" if command is grpo else "sums_choice"
     for text in ("import peft_steer", tiny_llama, f"{trainer.upper()}, 2 steps", f"`{task}`", "library_name: peft"):
@@ -242,6 +242,11 @@ def test_preflight_refuses_a_loss_that_is_not_finite(run, tiny_llama, tmp_path):
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="the loss is nan before the first step"):
         run(sft, **STEER, model_name_or_path=str(broken))
+
+
+def test_what_max_length_leaves_out_is_reported(run, caplog):
+    with pytest.raises(ValueError, match="no example has a token to learn"):
+        run(sft, **STEER, task="sums_text", max_length=2)
 
 
 def test_out_of_memory_says_what_helps(run, monkeypatch):

@@ -69,8 +69,12 @@ def test_the_command_line_wins_over_the_recipe(recipe):
 
 def test_any_peft_config_with_its_own_defaults(recipe):
     # TRL has flags of the same names, with other defaults.
-    arguments = parsed(*recipe(peft_type="LORA", target_modules="all-linear"), "--lora_alpha", "7")
-    assert arguments.peft_config == LoraConfig(target_modules="all-linear", lora_alpha=7, task_type="CAUSAL_LM")
+    for flag in ("--lora_alpha", "--lora-alpha"):
+        arguments = parsed(*recipe(peft_type="LORA", target_modules="all-linear"), flag, "7")
+        assert arguments.peft_config == LoraConfig(target_modules="all-linear", lora_alpha=7, task_type="CAUSAL_LM")
+    for flags in ([], ["--target_modules", "'[qv]_proj'"]):
+        config = parsed(*recipe(peft_type="LORA", target_modules="[qv]_proj"), *flags).peft_config
+        assert config.target_modules == "[qv]_proj"  # and not a list, as YAML would have it
     arguments = parsed(*recipe(peft_type="JOINT_STEER_LORA", lora_dropout=0.5, steer_r=2, steer_learning_rate=1e-3))
     assert (arguments.peft_config.lora_dropout, arguments.peft_config.steer_r) == (0.5, 2)
     assert arguments.steer_learning_rate == 1e-3
@@ -97,11 +101,22 @@ def test_without_a_peft_type_trl_decides(recipe):
         ({"peft_type": "STEER", "steer_learning_rate": 1e-3}, [], "only a joint adapter"),
         ({"peft_type": "STEER", "adapter_name_or_path": "x"}, [], "adapter_name_or_path: .* remove `peft_type`"),
         ({"task": None, "num_fewshot": 2}, [], "num_fewshot: is about a task"),
+        ({"task": None}, [], "nothing to train on"),
+        ({"dataset_name": "x"}, [], "dataset_name: `task` is the data"),
+        ({"dataset_train_split": "validation"}, [], "dataset_train_split: `task` is the data"),
+        ({"peft_type": "STEER"}, ["--lora-r", "2"], "lora_r: belongs to TRL's"),
+        ({}, ["--learning_r", "1"], "--learning_r: unknown argument"),
+        ({"help": True}, [], "help: unknown key"),
     ],
 )
 def test_contradictions(recipe, keys, flags, message):
     with pytest.raises(ValueError, match=message):
         parsed(*recipe(**keys), *flags)
+
+
+def test_the_recipe_by_an_equals_sign(recipe):
+    flag, path = recipe(peft_type="STEER", r=3)
+    assert parsed(f"{flag}={path}").peft_config.r == 3
 
 
 def test_a_recipe_that_is_none(tmp_path):
@@ -118,8 +133,9 @@ def test_a_recipe_that_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("command", "keys", "message"),
     [
-        (sft, {"task": None}, "nothing to train on"),
-        (sft, {"dataset_name": "x"}, "task: is the data; remove `dataset_name`"),
+        (sft, {"reward_metric": "acc"}, "reward_metric: only grpo has a reward"),
+        (sft, {"num_fewshot": 2}, "num_fewshot: task 'listops_short' says 0"),
+        (sft, {"resume_from_checkpoint": True}, "resume_from_checkpoint: there is no checkpoint in"),
         (sft, {"model_name_or_path": None}, "model_name_or_path: is missing"),
         (sft, {"resume_from_checkpoint": "absent"}, "resume_from_checkpoint: there is no directory 'absent'"),
         (sft, {"early_stopping_patience": 2}, "early_stopping_patience: needs `load_best_model_at_end: true`"),
@@ -137,6 +153,7 @@ def test_a_recipe_that_is_none(tmp_path):
             {"per_device_train_batch_size": 3},
             "generation_batch_size (3) must be divisible by num_generations (8)",
         ),
+        (grpo, {"task": "list_max_min", "use_vllm": True}, "its rollouts would be the base's"),
         (dpo, {"task": "list_max_min"}, "only of 'multiple_choice'"),
     ],
 )

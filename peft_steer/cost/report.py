@@ -37,7 +37,8 @@ def report(results: dict[str, Any]) -> str:
     return (
         f"{results['model']}, batch {settings['batch_size']} x {settings['length']}, "
         f"{results['environment']['device']}. Steps and peak: {timed}. "
-        f"Decoding: {settings['dtype'][0]}, batch 1. Times: {clock}, median of {settings['rounds']} rounds (quartiles).\n"
+        f"Decoding: {settings['dtype'][0]}, batch 1. "
+        f"Times: {clock}, median of {settings['rounds']} rounds (quartiles).\n"
         f"The floor keeps {kept}; a step takes {statistics.median(floor['step_seconds']):.3f} s and its peak is "
         f"{floor['peak_bytes'] / 1e6:,.1f} MB with the weights. The base decodes a token in {token * 1e3:.1f} ms.\n\n"
         + tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)

@@ -13,13 +13,13 @@ from typing import Any
 import peft
 import yaml
 from peft import PeftConfig
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config
 
 import peft_steer
 from peft_steer.suggest import suggest
 
 
-_ADAPTER = ("peft_type", "steer_learning_rate")
+TASK_PROMPT = ("apply_chat_template", "system_instruction")
 # What PEFT writes into a config itself.
 _RECORDED = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 # Flags of TRL's own LoRA: with a `peft_type` they would be ignored.
@@ -66,7 +66,7 @@ class TaskArguments:
     @property
     def chat(self) -> dict[str, Any]:
         """How the task's prompts are made, for `peft_steer.tasks`."""
-        return {"apply_chat_template": self.apply_chat_template, "system_instruction": self.system_instruction}
+        return {name: getattr(self, name) for name in TASK_PROMPT}
 
 
 @dataclass(frozen=True)
@@ -96,27 +96,32 @@ def parse(argv: list[str], prog: str, script_cls: type, training_cls: type) -> A
         ValueError: for an unknown key or flag, with the nearest known one, and for values that contradict each other.
         FileNotFoundError: if there is no such recipe.
     """
+    argv = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     recipe = _recipe(argv)
     config_cls = _config_class(argv, recipe)
     adapter_parser = _adapter_parser(config_cls)
     given, rest = adapter_parser.parse_known_args(argv)
     types = (script_cls, training_cls, ModelConfig, DatasetMixtureConfig, TaskArguments)
-    parser = TrlParser(types, prog=prog, epilog=adapter_parser.format_help(), formatter_class=_HelpFormatter)
-    known = {action.dest for action in parser._actions} | {action.dest for action in adapter_parser._actions}
-    for key in recipe:
+    parser = TrlParser(
+        types,
+        prog=prog,
+        epilog=adapter_parser.format_help(),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    known = {action.dest for p in (parser, adapter_parser) for action in p._actions} - {"help"}
+    for key in map(str, recipe):
         if key not in known and key != "env":
             raise ValueError(f"{argv[argv.index('--config') + 1]}: {key}: unknown key{_hint(key, known)}")
     *parsed, _, unknown = parser.parse_args_and_config(
         rest, return_remaining_strings=True, separate_remaining_strings=True
     )
     if unknown:
-        raise ValueError(f"{unknown[0]}: unknown argument{_hint(unknown[0].lstrip('-'), known)}")
+        raise ValueError(f"{unknown[0]}: unknown argument{_hint(unknown[0].lstrip('-').replace('-', '_'), known)}")
     adapter = {k: v for k, v in recipe.items() if k in {a.dest for a in adapter_parser._actions}} | vars(given)
     rate = adapter.pop("steer_learning_rate", None)
-    peft_config = _peft_config(
-        config_cls, adapter, recipe.keys() | {a.lstrip("-").split("=")[0] for a in rest}, parsed[2]
-    )
-    _check(parsed[4], peft_config, rate)
+    peft_config = _peft_config(config_cls, adapter, parsed[2])
+    _check(parsed[0], parsed[3], parsed[4], peft_config, rate)
     return Arguments(*parsed, peft_config=peft_config, steer_learning_rate=None if rate is None else float(rate))
 
 
@@ -164,15 +169,23 @@ def _adapter_parser(config_cls: type[PeftConfig] | None) -> argparse.ArgumentPar
     for f in dataclasses.fields(config_cls) if config_cls else ():
         if f.init and f.name not in _RECORDED:
             text = str(f.metadata.get("help", "")).replace("%", "%%")
-            adapter.add_argument(f"--{f.name}", type=_value, metavar="YAML", help=text)
+            flags = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))  # both, as TRL's
+            adapter.add_argument(*flags, dest=f.name, type=_value, metavar="YAML", help=text)
     return parser
 
 
 def _value(text: str) -> Any:
     """A value as a recipe has it: 8, 1e-3, true, [a, b], {a: 1}, or a string."""
-    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", text):  # without a dot a string in YAML 1.1
-        return float(text)
-    return yaml.safe_load(text)
+    try:
+        return _exponent(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML; quote it twice, as \"'{text}'\"") from error
+
+
+def _exponent(value: Any) -> Any:
+    """1e-3 is a string in YAML 1.1, for want of a dot."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _hint(word: str, known: set[str]) -> str:
@@ -184,32 +197,45 @@ def _hint(word: str, known: set[str]) -> str:
 
 
 def _peft_config(
-    config_cls: type[PeftConfig] | None, adapter: dict[str, Any], given: set[str], model: ModelConfig
+    config_cls: type[PeftConfig] | None, adapter: dict[str, Any], model: ModelConfig
 ) -> PeftConfig | None:
     if config_cls is None:
-        return _trl_lora(model)
-    fields = {f.name for f in dataclasses.fields(config_cls)}
-    if ignored := sorted((given & _TRL_LORA) - fields):
-        name = ignored[0]
-        bare = name.removeprefix("lora_")
-        instead = f"use `{bare}`" if bare in fields else "remove it"
-        raise ValueError(f"{name}: belongs to TRL's --use_peft and not to peft_type {adapter['peft_type']}; {instead}")
-    values = {k: _value(v) if isinstance(v, str) else v for k, v in adapter.items() if k != "peft_type"}
+        return get_peft_config(model)
+    fields, defaults = {f.name for f in dataclasses.fields(config_cls)}, ModelConfig()
+    for name in sorted(_TRL_LORA - fields):
+        if getattr(model, name) != getattr(defaults, name):
+            bare = name.removeprefix("lora_")
+            instead = f"use `{bare}`" if bare in fields else "remove it"
+            raise ValueError(
+                f"{name}: belongs to TRL's --use_peft, not to peft_type {adapter['peft_type']}; {instead}"
+            )
+    values = {k: _exponent(v) for k, v in adapter.items() if k != "peft_type"}
     return config_cls(**{"task_type": "CAUSAL_LM", **values})
 
 
-def _trl_lora(model: ModelConfig) -> PeftConfig | None:
-    from trl import get_peft_config
-
-    return get_peft_config(model)
-
-
-def _check(task: TaskArguments, peft_config: PeftConfig | None, steer_learning_rate: float | None) -> None:
-    if steer_learning_rate is not None and not isinstance(peft_config, peft_steer.JointSteerLoraConfig):
-        raise ValueError("steer_learning_rate: only a joint adapter (peft_type JOINT_STEER_LORA) has two halves")
+def _check(script: Any, mixture: DatasetMixtureConfig, task: TaskArguments, peft_config: Any, steer_rate: Any) -> None:
     if task.adapter_name_or_path is not None and peft_config is not None:
         raise ValueError("adapter_name_or_path: an adapter that exists has its config; remove `peft_type`/`use_peft`")
+    joint = isinstance(peft_config, peft_steer.JointSteerLoraConfig) or task.adapter_name_or_path is not None
+    if steer_rate is not None and not joint:
+        raise ValueError("steer_learning_rate: only a joint adapter (peft_type JOINT_STEER_LORA) has two halves")
+    data_flags = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
     if task.task is None:
-        for name in ("include_path", "num_fewshot", "apply_chat_template", "system_instruction", "reward_metric"):
-            if getattr(task, name):
-                raise ValueError(f"{name}: is about a task; name one with `task`")
+        _refuse(
+            task,
+            ("include_path", "num_fewshot", *TASK_PROMPT, "reward_metric"),
+            "is about a task; name one with `task`",
+        )
+        if not (script.dataset_name or mixture.datasets):
+            raise ValueError("nothing to train on: set `task`, `dataset_name` or `datasets`")
+    else:
+        _refuse(script, ("dataset_name", *data_flags), "`task` is the data; remove one of the two")
+        _refuse(mixture, ("datasets", "streaming", "test_split_size"), "`task` is the data; remove one of the two")
+
+
+def _refuse(arguments: Any, names: tuple[str, ...], why: str) -> None:
+    """Raises for a value that would be ignored."""
+    defaults = type(arguments)()
+    for name in names:
+        if getattr(arguments, name) != getattr(defaults, name):
+            raise ValueError(f"{name}: {why}")

@@ -19,6 +19,8 @@ from .run import Command, task_datasets
 
 
 def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if arguments.task.reward_metric is not None:
+        raise ValueError("reward_metric: only grpo has a reward")
     seed = arguments.training.seed
     return task_datasets(arguments, lambda split: tasks.dpo_dataset(task, split, seed, **arguments.task.chat))
 

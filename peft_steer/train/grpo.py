@@ -21,7 +21,7 @@ from trl.rewards import (
 )
 from trl.scripts.grpo import GRPOScriptArguments
 
-from peft_steer import tasks
+from peft_steer import JointSteerLoraConfig, SteerConfig, tasks
 from peft_steer.suggest import suggest
 
 from .arguments import Arguments
@@ -32,6 +32,11 @@ _TASK = "task"  # the name of the task's own metric in `reward_funcs`
 
 
 def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if arguments.training.use_vllm and isinstance(arguments.peft_config, (SteerConfig, JointSteerLoraConfig)):
+        raise ValueError(
+            "use_vllm: vLLM runs merged weights, and steering does not merge, so its rollouts would be the base's. "
+            "Remove it, or set `use_transformers_continuous_batching: true`"
+        )
     rewards = _rewards(arguments, task)
     data = task_datasets(arguments, lambda split: tasks.grpo_dataset(task, split, **arguments.task.chat))
     return {**data, "reward_funcs": rewards}
@@ -53,15 +58,14 @@ def _reward(name: str, arguments: Arguments, task: Any) -> Callable:
         if task is None:
             raise ValueError(f"reward_funcs: {_TASK!r} is the metric of a task; name one with `task`")
         return tasks.reward_function(task, arguments.task.reward_metric)
-    length = arguments.training.max_completion_length
     known = {
         "accuracy_reward": accuracy_reward,
         "reasoning_accuracy_reward": reasoning_accuracy_reward,
         "think_format_reward": think_format_reward,
-        "get_soft_overlong_punishment": get_soft_overlong_punishment(length, length // 5),
+        "get_soft_overlong_punishment": get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256),
     }
     if name in known:
-        if task is not None and not arguments.task.apply_chat_template:
+        if task is not None and not arguments.task.apply_chat_template and name != "get_soft_overlong_punishment":
             raise ValueError(f"reward_funcs: {name!r} reads chat messages; set `apply_chat_template: true`")
         return known[name]
     if "." not in name:

@@ -30,12 +30,15 @@ def preflight(trainer: Trainer, text: str) -> None:
     if not trained:
         raise RuntimeError("Pre-flight: nothing is trained, no parameter requires a gradient.")
     blocks = {id(m._steered[0]) for m in model.modules() if isinstance(m, SteerLayer)}
+    if trainer.accelerator.device.type != model.device.type or _is_zero3(trainer):
+        logger.warning(
+            "Pre-flight: %d steered modules. No forward pass is tried: the model is not yet in place.", len(blocks)
+        )
+        return
     n = sum(p.numel() for p in trained.values())
     logger.info("Pre-flight: %d steered modules, %s trainable parameters.", len(blocks), f"{n:,}")
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        logger.warning("Pre-flight: no forward pass is tried, ZeRO-3 has already taken the parameters apart.")
-        return
     ids = trainer.processing_class(text=text, return_tensors="pt").input_ids[:, :_TOKENS].to(model.device)
+    ids = ids.repeat(1, 2)  # never a single token
     labels = ids.clone()
     labels[:, : ids.shape[1] // 2] = -100  # a prompt and a completion, for adapters that steer one of them
     keep_bnb_gradients(model)
@@ -53,6 +56,11 @@ def preflight(trainer: Trainer, text: str) -> None:
                 )
     finally:
         model.train(training)
+
+
+def _is_zero3(trainer: Trainer) -> bool:
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3  # which has already taken the parameters apart
 
 
 def _acts(model: PeftModel, trained: dict[str, torch.nn.Parameter], logits: torch.Tensor, **batch) -> bool:

@@ -1,6 +1,5 @@
 """What the three training commands share: from checked arguments to a saved adapter."""
 
-import json
 import logging
 import shlex
 import sys
@@ -11,15 +10,11 @@ from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    EarlyStoppingCallback,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_quantization_config
+from trl.trainer.utils import create_model_from_path
 
 import peft_steer
 from peft_steer import tasks
@@ -71,15 +66,7 @@ class Command:
 def _checked(arguments: Arguments) -> tuple[Source, str | None]:
     """Where the base is and, if one goes on, the adapter: all that can be wrong before anything is loaded."""
     training, task = arguments.training, arguments.task
-    if task.task and (arguments.script.dataset_name or arguments.mixture.datasets):
-        raise ValueError("task: is the data; remove `dataset_name`/`datasets`")
-    if not (task.task or arguments.script.dataset_name or arguments.mixture.datasets):
-        raise ValueError("nothing to train on: set `task`, `dataset_name` or `datasets`")
-    resume = training.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() == "true":
-        training.resume_from_checkpoint = resume = True
-    if isinstance(resume, str) and not Path(resume).is_dir():
-        raise ValueError(f"resume_from_checkpoint: there is no directory {resume!r}")
+    training.resume_from_checkpoint = _checkpoint(training.resume_from_checkpoint, training.output_dir)
     if task.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ValueError(
             "early_stopping_patience: needs `load_best_model_at_end: true`, and `eval_strategy` and `save_strategy` "
@@ -87,21 +74,33 @@ def _checked(arguments: Arguments) -> tuple[Source, str | None]:
         )
     base, adapter = arguments.model.model_name_or_path, task.adapter_name_or_path
     if adapter is not None:
-        base = _base_of(adapter, base)
+        base = arguments.model.model_name_or_path = _base_of(adapter, base)
     if base is None:
         raise ValueError("model_name_or_path: is missing")
     return find_model(base), adapter
+
+
+def _checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
+    name = str(resume).lower()
+    if name in ("none", "false"):
+        return None
+    if name == "true":
+        resume = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if resume is None:
+            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {output_dir!r}")
+    if not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no directory {resume!r}")
+    return resume
 
 
 def _base_of(adapter: str, base: str | None) -> str:
     config = Path(adapter) / "adapter_config.json"
     if Path(adapter).is_dir() and not config.is_file():
         raise ValueError(f"adapter_name_or_path: {adapter!r} is no adapter, it has no adapter_config.json")
-    if config.is_file():
-        recorded = json.loads(config.read_text())["base_model_name_or_path"]
-    else:
-        recorded = peft_steer.SteerConfig.from_pretrained(adapter).base_model_name_or_path  # from the hub
-    if base is not None and find_model(base).path not in (recorded, find_model(recorded).path):
+    recorded = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if recorded is None and base is None:
+        raise ValueError(f"adapter_name_or_path: {adapter!r} names no base; set `model_name_or_path`")
+    if None not in (recorded, base) and find_model(base).path != find_model(recorded).path:
         raise ValueError(
             f"model_name_or_path: {base!r} is not {recorded!r}, the base that the adapter {adapter!r} was made for. "
             "Leave it out to take the adapter's, or, if the weights are the same, change `base_model_name_or_path` in "
@@ -131,7 +130,10 @@ def task_datasets(arguments: Arguments, make: Callable[..., datasets.Dataset]) -
         data = _load_dataset(script.dataset_name, script.dataset_config, script.dataset_streaming)
     for split in (script.dataset_train_split, *([script.dataset_test_split] if watched else [])):
         if split not in data:
-            raise ValueError(f"data set {script.dataset_name!r} has no split {split!r}, only {list(data)}")
+            raise ValueError(
+                f"the data have no split {split!r}, only {list(data)}: set `dataset_train_split`, "
+                "`dataset_test_split` (or, for `datasets`, `test_split_size`)"
+            )
     return {
         "train_dataset": data[script.dataset_train_split],
         "eval_dataset": data[script.dataset_test_split] if watched else None,
@@ -141,7 +143,8 @@ def task_datasets(arguments: Arguments, make: Callable[..., datasets.Dataset]) -
 def _load_dataset(name: str, config: str | None, streaming: bool) -> datasets.DatasetDict:
     files = Path(name)
     if files.is_file():  # a local file by its name, beside what `load_dataset` takes
-        return datasets.load_dataset(files.suffix[1:].replace("jsonl", "json"), data_files=name, streaming=streaming)
+        kind = {"jsonl": "json", "txt": "text"}.get(files.suffix[1:], files.suffix[1:])
+        return datasets.load_dataset(kind, data_files=name, streaming=streaming)
     return datasets.load_dataset(name, name=config, streaming=streaming)
 
 
@@ -166,17 +169,37 @@ def _make(
         training.model_init_kwargs = model_kwargs
         model = {"model": source.path, "quantization_config": quantization, "peft_config": arguments.peft_config}
     else:
-        base = AutoModelForCausalLM.from_pretrained(source.path, quantization_config=quantization, **model_kwargs)
+        base = create_model_from_path(source.path, quantization_config=quantization, **model_kwargs)
         model = {"model": PeftModel.from_pretrained(base, adapter, is_trainable=True)}
     patience = arguments.task.early_stopping_patience
     callbacks = None if patience is None else [EarlyStoppingCallback(patience)]
     trainer = trainer_cls(args=training, callbacks=callbacks, **model, **prepared)
+    for config in getattr(trainer.model, "peft_config", {}).values():  # the whole model has none
+        if not Path(model_args.model_name_or_path).exists():
+            config.base_model_name_or_path = model_args.model_name_or_path  # the hub id, not where it lies here
+    if arguments.script.ignore_bias_buffers:  # as TRL's DPO script
+        ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
+        trainer.model._ddp_params_and_buffers_to_ignore = ignored
+    _report_dropped(trainer, prepared["train_dataset"])
     if arguments.steer_learning_rate is not None:
         optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(training, trainer.model)
         rates = {"lora_lr": training.learning_rate, "steer_lr": arguments.steer_learning_rate}
         options |= {**rates, "optimizer_cls": optimizer_cls, "weight_decay": training.weight_decay}
         trainer.optimizer_cls_and_kwargs = (peft_steer.JointOptimizer, options)
     return trainer
+
+
+def _report_dropped(trainer: Trainer, given: Any) -> None:
+    """TRL leaves out, silently, what `max_length` cuts before the first token to learn."""
+    if not isinstance(given, datasets.Dataset) or getattr(trainer.args, "packing", False):
+        return
+    left = len(trainer.train_dataset)
+    if left == 0:
+        raise ValueError("max_length: no example has a token to learn within it; raise it")
+    if left < len(given):
+        logger.warning(
+            "%d of %d examples are left out: `max_length` cuts their answers.", len(given) - left, len(given)
+        )
 
 
 def _train(trainer: Trainer, arguments: Arguments) -> None:
@@ -201,26 +224,32 @@ def _text(row: dict[str, Any], tokenizer: Any) -> str:
 
 
 def _save(trainer: Trainer, arguments: Arguments, name: str, source: Source) -> None:
-    directory = arguments.training.output_dir
-    trainer.save_model(directory)
-    data = arguments.task.task or arguments.script.dataset_name or [d.path for d in arguments.mixture.datasets]
+    training = arguments.training
+    trainer.save_model(training.output_dir)
+    mixture = [data.path for data in arguments.mixture.datasets]
+    data = arguments.task.task or (", ".join(mixture) if mixture else arguments.script.dataset_name)
     card = make_card(trainer, name, source.label, f"`{data}`")
-    if arguments.training.push_to_hub:
+    if training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.script.dataset_name)  # with TRL's card, which cannot load ours
-        if trainer.accelerator.is_main_process:
-            card.push_to_hub(trainer.hub_model_id)
     if trainer.accelerator.is_main_process:
-        card.save(Path(directory) / "README.md")
-    trainer.accelerator.print(f"Saved to {directory}. To evaluate it:\n  {_evaluation(arguments, source, directory)}")
+        card.save(Path(training.output_dir) / "README.md")
+        if training.push_to_hub:
+            card.push_to_hub(trainer.hub_model_id, token=training.hub_token, revision=training.hub_revision)
+    command = evaluation(arguments, source)
+    trainer.accelerator.print(f"Saved to {training.output_dir}. To evaluate it:\n  {command}")
     trainer.end()  # the trackers, the process group
 
 
-def _evaluation(arguments: Arguments, source: Source, directory: str) -> str:
-    """The command that scores what was trained, on prompts as in the training."""
-    task = arguments.task
+def evaluation(arguments: Arguments, source: Source) -> str:
+    """The command that scores what was trained, on the base and the prompts of the training."""
+    task, model, out = arguments.task, arguments.model, arguments.training.output_dir
     adapter = arguments.peft_config is not None or task.adapter_name_or_path is not None
-    where = f"pretrained={source.path},peft={directory}" if adapter else f"pretrained={directory}"
-    words = ["peft-steer", "lm-eval", "--model", "peft-steer", "--model_args", where, "--tasks", task.task or "TASK"]
+    values = {"pretrained": source.path, "peft": out} if adapter else {"pretrained": out}
+    values |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(model, name)}
+    values |= {"dtype": model.dtype, "tokenizer": out}
+    words = ["peft-steer", "lm-eval", "--model", "peft-steer"]
+    words += ["--model_args", ",".join(f"{name}={value}" for name, value in values.items())]
+    words += ["--tasks", task.task or "TASK"]
     for name in ("include_path", "num_fewshot", "system_instruction"):
         value = getattr(task, name)
         words += [] if value is None else [f"--{name}", str(value)]

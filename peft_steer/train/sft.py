@@ -19,6 +19,8 @@ from .run import Command, task_datasets
 
 
 def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if arguments.task.reward_metric is not None:
+        raise ValueError("reward_metric: only grpo has a reward")
     training = arguments.training
     if training.eos_token is not None:
         tokenizer.eos_token = training.eos_token
