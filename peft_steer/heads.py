@@ -7,6 +7,7 @@
 import logging
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -157,3 +158,16 @@ def _select(edits: list[Lofit], optimizer: torch.optim.Optimizer) -> None:
         len(norms),
         [(edit.place, head) for edit in edits for head in edit.selected.nonzero().flatten().tolist()],
     )
+
+
+def warn_before_choice(config: PeftConfig, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`adapter`, the tensors to be saved; logs it if it is LoFiT's and has not chosen its heads yet."""
+    steps = max((int(x) for key, x in adapter.items() if key.endswith(".steps")), default=0)
+    if config.kind == "lofit" and steps < config.selection_step:
+        logger.warning(
+            "LoFiT's heads are not chosen yet: %d of `selection_step=%d` optimizer steps are done, and the saved "
+            "adapter edits all heads. Train longer, or lower `selection_step`.",
+            steps,
+            config.selection_step,
+        )
+    return adapter

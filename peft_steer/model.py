@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import STEER, SteerConfig
+from .heads import warn_before_choice
 from .injection import (
     check_adapter_name,
     check_shapes,
@@ -105,8 +106,8 @@ class SteerModel(Strength, BaseTuner):
     ) -> None:
         check_adapter_name(model, adapter_name)
         if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
-            child = re.compile(rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})")
-            state_dict = {child.sub(".", key): x for key, x in state_dict.items()}
+            child = rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})"
+            state_dict = {re.sub(child, ".", key): x for key, x in state_dict.items()}
             self._check_sites_of(state_dict, model, adapter_name)
         super().inject_adapter(
             model,
@@ -147,8 +148,7 @@ class SteerModel(Strength, BaseTuner):
         if layer is None:
             layer = SteerLayer(target, width, head_dim)
         device, dtype = device_and_dtype(target, self.model)
-        rank = rank_of(peft_config, current_key)
-        layer.update_layer(adapter_name, peft_config, rank, device, dtype, self._group)
+        layer.update_layer(adapter_name, peft_config, rank_of(peft_config, current_key), device, dtype, self._group)
 
     # --- rows of one batch with different adapters
 
@@ -256,7 +256,8 @@ class SteerModel(Strength, BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # By our own marker and not by the names of modules, which PEFT 0.21 gets wrong below a checkpoint wrapper
         # (FSDP's `fsdp_activation_checkpointing`): it then saves an empty file.
-        return {key: x for key, x in state_dict.items() if f"{MARKER}.{adapter_name}." in key}
+        adapter = {key: x for key, x in state_dict.items() if f"{MARKER}.{adapter_name}." in key}
+        return warn_before_choice(config, adapter)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

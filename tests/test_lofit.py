@@ -186,6 +186,20 @@ def test_more_heads_than_there_are():
         get_peft_model(make(), LofitConfig(num_heads=13))
 
 
+def test_saving_before_the_choice_is_said(tmp_path, caplog):
+    model = lofit(selection_step=2, num_heads=1)
+    optimizer = sgd(model)
+    step(model, optimizer)
+    with caplog.at_level("WARNING", "peft_steer"):
+        model.save_pretrained(tmp_path)
+    assert "1 of `selection_step=2` optimizer steps are done" in caplog.text
+    caplog.clear()
+    step(model, optimizer)
+    with caplog.at_level("WARNING", "peft_steer"):
+        model.save_pretrained(tmp_path)
+    assert caplog.text == ""
+
+
 # --- under a trainer
 
 
