@@ -7,11 +7,13 @@ entry point `lm_eval.models`:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from transformers import BitsAndBytesConfig
 
 from peft_steer import needs_prompts  # (importing the package registers the tuner types, which `hf` lacks)
 
@@ -27,6 +29,15 @@ class PeftSteerLM(HFLM):
     # While loglikelihoods are computed: the number of context tokens, by what the model is given.
     _context_lengths: dict[tuple[int, ...], int] | None = None
     _probing = False
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        # `hf` of lm-eval 0.4.13 passes these on as they are, which transformers 5 no longer takes.
+        flags = {
+            k: kwargs.pop(k) for k in list(kwargs) if k in ("load_in_4bit", "load_in_8bit") or k.startswith("bnb_")
+        }
+        if flags:
+            kwargs["quantization_config"] = BitsAndBytesConfig(**flags)
+        super()._create_model(*args, **kwargs)
 
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None

@@ -1,6 +1,9 @@
 """`peft-steer sft`, `grpo` and `dpo`, run to the end on a tiny model with TRL's trainers."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import lm_eval
@@ -261,3 +264,14 @@ def test_out_of_memory_says_what_helps(run, monkeypatch):
 def test_the_last_value_of_each_metric():
     history = [{"loss": 2.0, "step": 1}, {"loss": 1.0, "epoch": 1}, {"eval_loss": 3.0}, {"train_runtime": 1}]
     assert last_metrics(history) == {"loss": 1.0, "eval_loss": 3.0}
+
+
+def test_the_printed_command_evaluates(run, capsys):
+    out = run(sft, **STEER, load_in_4bit=True, positions="last")
+    printed = capsys.readouterr().out.split("To evaluate it:\n")[1]
+    words = shlex.split(printed)[1:]
+    call = [sys.executable, "-m", "peft_steer.cli", *words, "--output_path", str(out / "scores.json")]
+    result = subprocess.run(call, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (scores,) = out.glob("**/scores*.json")
+    assert "acc,none" in json.loads(scores.read_text())["results"]["sums_choice"]

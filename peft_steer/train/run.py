@@ -245,7 +245,11 @@ def evaluation(arguments: Arguments, source: Source) -> str:
     task, model, out = arguments.task, arguments.model, arguments.training.output_dir
     adapter = arguments.peft_config is not None or task.adapter_name_or_path is not None
     values = {"pretrained": source.path, "peft": out} if adapter else {"pretrained": out}
-    values |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(model, name)}
+    values |= {"load_in_8bit": True} if model.load_in_8bit else {}
+    if model.load_in_4bit:
+        values |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": model.dtype}
+        values |= {"bnb_4bit_quant_type": model.bnb_4bit_quant_type}
+        values |= {"bnb_4bit_use_double_quant": model.use_bnb_nested_quant}
     values |= {"dtype": model.dtype, "tokenizer": out}
     words = ["peft-steer", "lm-eval", "--model", "peft-steer"]
     words += ["--model_args", ",".join(f"{name}={value}" for name, value in values.items())]
