@@ -157,6 +157,16 @@ def test_packed_sequences(spec, how):
     assert mask_of(model)[0].tolist() == want + [tail] * padding
 
 
+def test_packed_text_without_prompts():
+    """Collators mask the first label of each packed sequence, which is no sign of a prompt of one token."""
+    ids = torch.randint(3, VOCAB - 1, (1, 8), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    with pytest.raises(ValueError, match="no sequence of this batch has a prompt"):
+        steered(positions="last")(
+            input_ids=ids, position_ids=position_ids, labels=ids.masked_fill(position_ids == 0, -100)
+        )
+
+
 def test_packed_rows_equal_single_sequences():
     """Two rows, each packed: its sequences are steered as each alone."""
     model = steered(positions="f1+l2")
@@ -214,6 +224,7 @@ WAYS = {
     "returned sequences": {"do_sample": True, "num_return_sequences": 2},
     "chunked prefill": {"prefill_chunk_size": 4},
     "static cache": {"cache_implementation": "static"},
+    "chunked prefill of a static cache": {"cache_implementation": "static", "prefill_chunk_size": 4},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
 }
 
