@@ -13,11 +13,11 @@ demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # PEFT's own tests with our configurations; ARGS="--method joint" for the joint ones in LoRA's place.
 peft-suite: $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers parameterized pytest-xdist
+	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers parameterized
 	$(BIN)/python tests/peft_suite/run.py -n auto $(ARGS)
 
 lint: $(READY)
