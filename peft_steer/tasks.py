@@ -1,20 +1,17 @@
-"""Any task of lm-evaluation-harness as training data: for supervised fine-tuning, as a GRPO reward, as preferences.
+"""Any task of lm-evaluation-harness as training data: prompts with answers, prompts alone, or with a wrong answer too.
 
-Prompts and answers are built by the task itself, from its own training split, and a reward is the task's own metric
-after its own filters: a model is trained on exactly what the harness scores, never on the split that it scores.
+They are built by the task itself, from its own training split: a model is trained on exactly what the harness scores,
+never on the split that it scores. `rewards.py` has the task's metric as a reward.
 """
 
 import random
-from collections.abc import Callable
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
@@ -86,19 +83,19 @@ def sft_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> da
     Raises:
         ValueError: If there is no such split, if it is the evaluated one, or if the task's type has no answer.
     """
-    docs = _docs(task, split, ("multiple_choice", "generate_until"))
+    docs = docs_of(task, split, ("multiple_choice", "generate_until"))
     return _columns(_pair(task, doc, **chat) for doc in docs)
 
 
 def grpo_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> datasets.Dataset:
     """Columns for `GRPOTrainer`: `prompt`, as in [`sft_dataset`]; `solution`, the answer as the task's first filter
-    reads it (TRL's `accuracy_reward` wants it); and `split` and `doc_id`, by which [`reward_function`] finds the
-    document.
+    reads it (TRL's `accuracy_reward` wants it); and `split` and `doc_id`, by which
+    [`~peft_steer.rewards.reward_function`] finds the document.
 
     Raises:
         ValueError: If there is no such split, if it is the evaluated one, or if the task generates nothing.
     """
-    docs = _docs(task, split, ("generate_until",))
+    docs = docs_of(task, split, ("generate_until",))
     rows = [
         {"prompt": _pair(task, doc, **chat)[0], "solution": _solution(task, doc), "split": split, "doc_id": i}
         for i, doc in enumerate(docs)
@@ -114,7 +111,7 @@ def dpo_dataset(task: ConfigurableTask, split: str = "train", seed: int = 0, **c
         ValueError: If there is no such split, if it is the evaluated one, or if the task is no multiple-choice task
             whose choices follow one prompt.
     """
-    docs = _docs(task, split, ("multiple_choice",))
+    docs = docs_of(task, split, ("multiple_choice",))
     if task.multiple_input:
         raise ValueError(f"task {task.config.task!r}: its choices are in the prompt, so no two answers compare")
     draw = random.Random(seed)
@@ -131,7 +128,8 @@ def dpo_dataset(task: ConfigurableTask, split: str = "train", seed: int = 0, **c
     return datasets.Dataset.from_list(rows)
 
 
-def _docs(task: ConfigurableTask, split: str, output_types: tuple[str, ...]) -> list[dict]:
+def docs_of(task: ConfigurableTask, split: str, output_types: tuple[str, ...]) -> list[dict]:
+    """The documents of a split that may be trained on, of a task of one of these types; `ValueError` otherwise."""
     config = task.config
     names = {"train": config.training_split, "validation": config.validation_split}
     kind = "training" if split == "train" else split
@@ -185,7 +183,7 @@ def _pair(
             chat_template=_messages,
         )
     if task.config.output_type == "generate_until":
-        answer = f"{task.config.target_delimiter}{_target(task, doc)}"
+        answer = f"{task.config.target_delimiter}{target_of(task, doc)}"
     else:
         requests = task.construct_requests(doc, context, apply_chat_template=apply_chat_template)
         context, answer = requests[min(_gold(task, doc)) if choice is None else choice].arguments
@@ -233,7 +231,7 @@ def _gold(task: ConfigurableTask, doc: dict) -> set[int]:
     return indices
 
 
-def _target(task: ConfigurableTask, doc: dict) -> str:
+def target_of(task: ConfigurableTask, doc: dict) -> str:
     """The (first) right answer of a document whose answer is generated."""
     target = task.doc_to_target(doc)
     if task.config.doc_to_choice is not None:
@@ -245,62 +243,8 @@ def _target(task: ConfigurableTask, doc: dict) -> str:
     return str(target)
 
 
-# --- the reward
-
-
-def reward_function(task: ConfigurableTask, metric: str | None = None) -> Callable[..., list[float]]:
-    """The task's own metric as a reward function for `GRPOTrainer`, for the rows of [`grpo_dataset`].
-
-    A completion is cut where the harness would stop generating, passes the task's filter, and is scored as the harness
-    scores a document. (The trainer's rollout goes on to its end all the same, and what comes after the cut shares the
-    advantage: keep `max_completion_length` near the length of an answer, or use chat prompts, whose answers end.)
-
-    Args:
-        task: A task that generates (`output_type: generate_until`).
-        metric: `"metric,filter"` as the harness prints it, such as `"exact_match,strict-match"`; by default the
-            first metric after the first filter.
-
-    Raises:
-        ValueError: If the task generates nothing, or has no such metric, or it is not a number for each document of
-            which more is better.
-    """
-
-    @cache
-    def docs(split: str) -> list[dict]:
-        return _docs(task, split, ("generate_until",))
-
-    first = docs("train")[0]
-    scores = _scores(task, first, _target(task, first))
-    metric = metric or next(iter(scores))
-    if metric not in scores:
-        raise ValueError(f"reward metric {metric!r} is none of task {task.config.task!r}{suggest(metric, scores)}")
-    if not isinstance(scores[metric], (bool, int, float)):
-        raise ValueError(f"reward metric {metric!r} of task {task.config.task!r} gives {scores[metric]!r}, no number")
-    if not task.higher_is_better().get(metric.split(",")[0], True):
-        raise ValueError(f"reward metric {metric!r} of task {task.config.task!r}: less is better, so it is no reward")
-
-    def reward(completions: list, split: list[str], doc_id: list[int], **_: Any) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return [
-            float(_scores(task, docs(name)[i], text)[metric])
-            for text, name, i in zip(texts, split, doc_id, strict=True)
-        ]
-
-    reward.__name__ = metric  # the trainer logs it as `rewards/NAME/mean`
-    return reward
-
-
-def _scores(task: ConfigurableTask, doc: dict, generation: str) -> dict[str, Any]:
-    """Every metric after every filter, as `{"metric,filter": value}`."""
-    text = postprocess_generated_text(generation, task.config.generation_kwargs.get("until"), think_end_token=None)
-    return {
-        f"{name},{filter_name}": value
-        for filter_name, filtered in _filtered(task, doc, text).items()
-        for name, value in task.process_results(doc, [filtered]).items()
-    }
-
-
-def _filtered(task: ConfigurableTask, doc: dict, text: str) -> dict[str, str]:
+def filtered(task: ConfigurableTask, doc: dict, text: str) -> dict[str, str]:
+    """What each of the task's filters makes of a generated text."""
     instance = Instance("generate_until", doc, ("", {}), 0, resps=[text])
     for ensemble in task._filters:
         ensemble.apply([instance])
@@ -308,9 +252,9 @@ def _filtered(task: ConfigurableTask, doc: dict, text: str) -> dict[str, str]:
 
 
 def _solution(task: ConfigurableTask, doc: dict) -> str:
-    target = _target(task, doc)
-    filtered = str(next(iter(_filtered(task, doc, target).values())))
-    return target if filtered in ("", "[invalid]") else filtered  # a filter for completions may not match a target
+    target = target_of(task, doc)
+    found = str(next(iter(filtered(task, doc, target).values())))
+    return target if found in ("", "[invalid]") else found  # a filter for completions may not match a target
 
 
 # --- tokens

@@ -7,6 +7,7 @@ import reasoning_gym
 
 from lm_eval_tasks.reasoning_gym.generate import load
 from peft_steer import tasks
+from peft_steer.rewards import reward_function
 
 
 NAMES = ["gsm_symbolic", "chain_sum", "spell_backward", "letter_counting"]
@@ -21,11 +22,11 @@ def test_a_task_is_data_and_a_reward(name):
     questions = [set(docs["question"]) for docs in (task.training_docs(), task.validation_docs(), task.test_docs())]
     assert [len(q) for q in questions] == [2000, 200, 200]
     assert len(set.union(*questions)) == 2400
-    reward = tasks.reward_function(task)
+    reward = reward_function(task)
     columns = {"split": ["train"] * 8, "doc_id": list(range(8))}
     assert reward(completions=[f"{text}\nmore" for text in sft["completion"][:8]], **columns) == [1.0] * 8
     assert reward(completions=["no idea"] * 8, **columns) == [0.0] * 8
-    scores = tasks.reward_function(task, "score,none")(completions=["7"] * 8, **columns)
+    scores = reward_function(task, "score,none")(completions=["7"] * 8, **columns)
     entries = [json.loads(doc["entry"]) for doc in list(task.training_docs())[:8]]
     assert scores == [reasoning_gym.get_score_answer_fn(name)("7", entry) for entry in entries]
 

@@ -8,6 +8,7 @@ from lm_eval.tasks import TaskManager
 from test_tasks import make_task
 
 from peft_steer import tasks
+from peft_steer.rewards import reward_function
 
 
 def generative(**config):
@@ -60,7 +61,7 @@ def test_the_reward_is_the_harness_score():
     for name, expected in (("strict", [1, 0, 1, 1, 0, 0, 0]), ("loose", [1, 1, 0, 1, 0, 0, 0])):
         samples = [sample for sample in harness["samples"]["made_up"] if sample["filter"] == name]
         scores = [sample["exact_match"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
-        reward = tasks.reward_function(task, f"exact_match,{name}")
+        reward = reward_function(task, f"exact_match,{name}")
         assert reward(completions=GENERATIONS, **columns) == scores == expected
 
 
@@ -77,7 +78,7 @@ def test_columns_of_the_data():
 
 
 def test_a_row_is_scored_against_its_own_document_and_chat_answers_by_their_text():
-    reward = tasks.reward_function(generative())
+    reward = reward_function(generative())
     assert reward.__name__ == "exact_match,strict"
     assert reward(completions=["#### two", "#### two"], split=["train"] * 2, doc_id=[0, 1], prompts=[""] * 2) == [1, 0]
     answers = [[{"role": "assistant", "content": f"#### {word}"}] for word in ("four", "two")]
@@ -102,4 +103,4 @@ def test_a_row_is_scored_against_its_own_document_and_chat_answers_by_their_text
 )
 def test_what_is_no_reward(config, metric, message):
     with pytest.raises(ValueError, match=message):
-        tasks.reward_function(generative(**config), metric)
+        reward_function(generative(**config), metric)

@@ -22,6 +22,7 @@ from trl.rewards import (
 from trl.scripts.grpo import GRPOScriptArguments
 
 from peft_steer import JointSteerLoraConfig, SteerConfig, tasks
+from peft_steer.rewards import reward_function
 from peft_steer.suggest import suggest
 
 from .arguments import Arguments
@@ -57,7 +58,7 @@ def _reward(name: str, arguments: Arguments, task: Any) -> Callable:
     if name == _TASK:
         if task is None:
             raise ValueError(f"reward_funcs: {_TASK!r} is the metric of a task; name one with `task`")
-        return tasks.reward_function(task, arguments.task.reward_metric)
+        return reward_function(task, arguments.task.reward_metric)
     known = {
         "accuracy_reward": accuracy_reward,
         "reasoning_accuracy_reward": reasoning_accuracy_reward,
