@@ -94,6 +94,8 @@ def test_sft_resumed_is_bit_equal_to_sft_in_one_go(name, run):
     keys = {**ADAPTERS[name], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = run(sft, "whole", **keys)
     resumed = run(sft, "resumed", **keys, resume_from_checkpoint=str(whole / "checkpoint-2"))
+    assert (resumed / "checkpoint-4").exists()
+    assert not (resumed / "checkpoint-2").exists()  # it did go on, and did not begin again
     first, second = state(whole), state(resumed)
     assert first.keys() == second.keys()
     for key, x in first.items():
