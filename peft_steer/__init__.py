@@ -11,6 +11,7 @@ from .joint import (
     JointSteerLoraConfig,
     JointSteerLoraModel,
     joint_optimizer,
+    joint_optimizer_cls_and_kwargs,
     orthogonality,
     project_,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "SteerConfig",
     "SteerModel",
     "joint_optimizer",
+    "joint_optimizer_cls_and_kwargs",
     "needs_prompts",
     "orthogonality",
     "project_",

@@ -346,7 +346,8 @@ def test_rows_with_different_adapters(method, architecture, site):
             else:
                 model.set_adapter(name)
                 expected = model(**x).logits[row]
-            torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
+            # LoRA takes a part of the rows at a time: float32 rounding, up to 5e-5 in T5 (in float64 none)
+            torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4 if method == "joint" else 1e-5)
     model.set_adapter("default")
     assert torch.equal(model(**x).logits, model(**x, adapter_names=["default"] * 4).logits)
 

@@ -2,7 +2,7 @@
 
 from .config import JointSteerLoraConfig
 from .model import JointSteerLoraModel
-from .optimizer import JointOptimizer, joint_optimizer
+from .optimizer import JointOptimizer, joint_optimizer, joint_optimizer_cls_and_kwargs
 from .saving import orthogonality, project_
 
 
@@ -11,6 +11,7 @@ __all__ = [
     "JointSteerLoraConfig",
     "JointSteerLoraModel",
     "joint_optimizer",
+    "joint_optimizer_cls_and_kwargs",
     "orthogonality",
     "project_",
 ]

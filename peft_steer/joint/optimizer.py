@@ -26,12 +26,25 @@ def joint_optimizer(
         ValueError: if one of the halves has nothing to train, or `args.optim` names an optimizer that takes the whole
             model.
     """
+    factory, kwargs = joint_optimizer_cls_and_kwargs(model, args, lora_lr, steer_lr)
+    return factory()(model, **kwargs)
+
+
+def joint_optimizer_cls_and_kwargs(
+    model: nn.Module, args: TrainingArguments, lora_lr: float, steer_lr: float
+) -> tuple[type["JointOptimizer"], dict]:
+    """What [`joint_optimizer`] makes, for a trainer that will make it: the value of `optimizer_cls_and_kwargs`.
+
+    Raises:
+        ValueError: if `args.optim` names an optimizer that takes the whole model.
+    """
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not isinstance(optimizer_cls, type) or {"params", "model", "optimizer_dict"} & kwargs.keys():
         raise ValueError(
             f"`optim={args.optim!r}` makes its own groups of parameters; choose another, such as 'adamw_torch'."
         )
-    return optimizer_cls(_groups(model, args.weight_decay, lora_lr, steer_lr, args.learning_rate), **kwargs)
+    rates = {"lora_lr": lora_lr, "steer_lr": steer_lr, "weight_decay": args.weight_decay}
+    return JointOptimizer, {**kwargs, **rates, "optimizer_cls": optimizer_cls}
 
 
 class JointOptimizer:

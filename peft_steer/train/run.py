@@ -16,8 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-import peft_steer
-from peft_steer import tasks
+from peft_steer import joint_optimizer_cls_and_kwargs, tasks
 from peft_steer.models import Source, find_model
 
 from .arguments import Arguments, parse
@@ -182,10 +181,9 @@ def _make(
         trainer.model._ddp_params_and_buffers_to_ignore = ignored
     _report_dropped(trainer, prepared["train_dataset"])
     if arguments.steer_learning_rate is not None:
-        optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(training, trainer.model)
-        rates = {"lora_lr": training.learning_rate, "steer_lr": arguments.steer_learning_rate}
-        options |= {**rates, "optimizer_cls": optimizer_cls, "weight_decay": training.weight_decay}
-        trainer.optimizer_cls_and_kwargs = (peft_steer.JointOptimizer, options)
+        trainer.optimizer_cls_and_kwargs = joint_optimizer_cls_and_kwargs(
+            trainer.model, training, lora_lr=training.learning_rate, steer_lr=arguments.steer_learning_rate
+        )
     return trainer
 
 
