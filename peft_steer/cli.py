@@ -11,6 +11,10 @@ COMMANDS = {
     "sft": ("peft_steer.train.sft", "fine-tune with TRL's SFTTrainer, as a recipe says"),
     "grpo": ("peft_steer.train.grpo", "reinforcement learning with TRL's GRPOTrainer"),
     "dpo": ("peft_steer.train.dpo", "preference optimization with TRL's DPOTrainer"),
+    "analyze": (
+        "peft_steer.analysis.command",
+        "what fine-tuning changes in the hidden states, and what steering can follow",
+    ),
     "lm-eval": ("peft_steer.harness", "lm-evaluation-harness, knowing our adapters and tasks"),
 }
 _USAGE = "usage: peft-steer COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())

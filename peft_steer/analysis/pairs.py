@@ -1,0 +1,208 @@
+"""A base model and what fine-tuning made of it: found, checked from their files alone, then loaded."""
+
+import argparse
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import peft_steer  # noqa: F401  (registers the tuner types)
+from peft_steer.models import find_model
+from peft_steer.sites import Block, select_blocks
+
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+_SAME = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The loaded models, frozen and in evaluation mode.
+
+    Attributes:
+        base: The model before fine-tuning.
+        tuned: After it: a model of the same shape, or the base's copy with a PEFT adapter. It shares no tensor with
+            `base`, because some adapters change the base's weights when they are loaded (PiSSA).
+        tokenizer: Of both.
+    """
+
+    base: PreTrainedModel
+    tuned: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """A checked pair that is not loaded yet.
+
+    Attributes:
+        base: What `from_pretrained` loads.
+        tuned: A model's directory or hub id, or an adapter's.
+        is_adapter: Which of the two.
+        model_kwargs: For `from_pretrained`, of the base and of the copy below an adapter.
+        tokenizer: The base's.
+    """
+
+    base: str
+    tuned: str
+    is_adapter: bool
+    model_kwargs: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+
+    def load(self) -> Pair:
+        """Loads both models, to the GPU if there is one."""
+        tuned = self.load_base()
+        if self.is_adapter:
+            tuned = _frozen(PeftModel.from_pretrained(tuned, self.tuned))
+        else:
+            tuned = _load(self.tuned, {"dtype": self.model_kwargs["dtype"]})
+        return Pair(self.load_base(), tuned, self.tokenizer)
+
+    def load_base(self) -> PreTrainedModel:
+        """Loads the base once more."""
+        return _load(self.base, self.model_kwargs)
+
+    def load_adapter(self, adapter: str) -> PeftModel:
+        """Loads an adapter of the base, on a base of its own."""
+        return _frozen(PeftModel.from_pretrained(self.load_base(), adapter))
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that [`find_pair`] reads."""
+    add = parser.add_argument_group("models").add_argument
+    add("--base", required=True, metavar="DIR_OR_ID", help="a causal language model")
+    add("--tuned", required=True, metavar="DIR_OR_ID", help="the same model fine-tuned, or a PEFT adapter of it")
+    add("--dtype", choices=DTYPES, default="float32", help="of both models (default: float32)")
+    add("--load_in_4bit", action="store_true", help="quantize the base, also below an adapter, to nf4")
+    add("--load_in_8bit", action="store_true", help="quantize the base, also below an adapter, to int8")
+
+
+def find_pair(args: argparse.Namespace) -> PairSource:
+    """Finds and checks `--base` and `--tuned`. Only configurations, tokenizers and an adapter's weights are read.
+
+    Raises:
+        ValueError: If they differ in architecture, width, depth, vocabulary or tokenizer, if the adapter does not fit
+            the base or adds tokens to the sequence, or if the flags contradict each other.
+        OSError: If there is no such model.
+    """
+    if args.load_in_4bit and args.load_in_8bit:
+        raise ValueError("--load_in_4bit and --load_in_8bit: choose one of them")
+    model_kwargs: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
+    if args.load_in_4bit:
+        model_kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model_kwargs["dtype"]
+        )
+    elif args.load_in_8bit:
+        model_kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    base = find_model(args.base).path
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    is_adapter = _is_adapter(args.tuned)
+    tuned = args.tuned if is_adapter else find_model(args.tuned).path
+    if is_adapter:
+        check_adapter(base, args.base, tuned, "--tuned")
+    else:
+        _check_configs(base, tuned)
+    _check_tokenizers(tokenizer, tuned, is_adapter)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return PairSource(base, tuned, is_adapter, model_kwargs, tokenizer)
+
+
+def blocks_of(model: PreTrainedModel | PeftModel) -> list[Block]:
+    """The blocks of a model, named as in the base below its adapter.
+
+    Raises:
+        ValueError: If it has several stacks of them: an encoder-decoder.
+    """
+    blocks = select_blocks(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if len({block.stack for block in blocks}) > 1:
+        raise ValueError(f"{type(model).__name__} has several stacks of blocks; only decoders can be analyzed.")
+    return blocks
+
+
+def check_adapter(base: str, base_name: str, adapter: str, flag: str) -> None:
+    """Raises `ValueError`, naming `flag`, unless the adapter in the directory (or hub repository) `adapter` fits the
+    model `base` (called `base_name` by the user): its tensors are put into the base's modules without memory (on the
+    meta device)."""
+    config = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{flag}: {adapter!r} is a {config.peft_type.value} adapter, which adds tokens of its own: its hidden "
+            "states are not those of the base's tokens. Choose another kind of adapter."
+        )
+    recorded = config.base_model_name_or_path
+    if recorded and recorded not in (base, base_name):
+        logger.warning("%s: %s was made for %s and is put on %s.", flag, adapter, recorded, base_name)
+    found = set(load_peft_weights(adapter, device="cpu"))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copying to the meta device does nothing, says torch of every tensor
+        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        try:
+            model = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{flag}: the adapter {adapter!r} does not belong to the base {base!r}: {error}"
+            ) from error
+    extra = found - set(get_peft_model_state_dict(model))
+    if extra:
+        raise ValueError(
+            f"{flag}: the adapter {adapter!r} does not belong to the base {base!r}, which has no place for "
+            f"{len(extra)} of its {len(found)} tensors, such as {min(extra)!r}"
+        )
+
+
+def _is_adapter(path: str) -> bool:
+    """Whether a directory or hub id holds an adapter."""
+    if Path(path).is_dir():
+        return (Path(path) / "adapter_config.json").is_file()
+    try:
+        PeftConfig.from_pretrained(path)
+    except ValueError:  # "Can't find 'adapter_config.json'"
+        return False
+    return True
+
+
+def _check_configs(base: str, tuned: str) -> None:
+    ours, theirs = (AutoConfig.from_pretrained(path).get_text_config() for path in (base, tuned))
+    for name in _SAME:
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"--tuned: {tuned!r} has {name}={getattr(theirs, name)!r} and the base {base!r} has "
+                f"{getattr(ours, name)!r}; it must be a fine-tuned version of the base"
+            )
+
+
+def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, tuned: str, is_adapter: bool) -> None:
+    if is_adapter and not (Path(tuned) / "tokenizer_config.json").is_file():
+        return
+    if AutoTokenizer.from_pretrained(tuned).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--tuned: {tuned!r} has another tokenizer than the base {tokenizer.name_or_path!r}: they do not read the "
+            "same tokens"
+        )
+
+
+def _load(path: str, model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, **model_kwargs)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _frozen(model if getattr(model, "is_quantized", False) else model.to(device))
+
+
+def _frozen(model: nn.Module) -> Any:
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,201 @@
+"""Real text for the analyses, as batches of tokens: from an lm-eval task or from a data set."""
+
+import argparse
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from peft_steer import needs_prompts, tasks
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, padded on the right.
+
+    Attributes:
+        input_ids: `(rows, tokens)`, int64.
+        attention_mask: `(rows, tokens)`, int64, 1 at tokens and 0 at padding.
+        completion_mask: `(rows, tokens)`, int64, 1 at the tokens of an answer. Text without prompts is all answer,
+            but for each row's first token, which nothing predicts.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    completion_mask: torch.Tensor
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """`(rows, tokens)`, bool: True where there is a token."""
+        return self.attention_mask.bool()
+
+    @property
+    def predicts_answer(self) -> torch.Tensor:
+        """`(rows, tokens)`, bool: True where the next token is one of an answer."""
+        return torch.nn.functional.pad(self.completion_mask[:, 1:], (0, 1)).bool()
+
+    def inputs(self, model: nn.Module) -> dict[str, Any]:
+        """Keyword arguments for the model's forward pass; adapters with `positions` are told where prompts end."""
+        inputs: dict[str, Any] = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "use_cache": False,
+        }
+        if needs_prompts(model):
+            inputs["prompt_lengths"] = self.completion_mask.argmax(1).tolist()
+        return inputs
+
+
+class Texts:
+    """Batches of tokenized texts, the same at every iteration, in the order of their lengths.
+
+    Only token ids are kept; each iteration has a progress bar if it is given a name: `texts.batches("Moments")`.
+
+    Args:
+        rows: `(token ids, number of prompt tokens)` of each text.
+        batch_size: Rows in a batch.
+        pad: Id of the padding token.
+        device: Where the batches go.
+    """
+
+    def __init__(self, rows: list[tuple[list[int], int]], batch_size: int, pad: int, device: str):
+        self.rows = sorted(rows, key=lambda row: len(row[0]))
+        self.batch_size, self.pad, self.device = batch_size, pad, device
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield self._batch(self.rows[start : start + self.batch_size])
+
+    def batches(self, label: str) -> Iterator[Batch]:
+        """Iterates with a progress bar."""
+        return iter(tqdm(self, desc=label, unit="batch"))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all texts together."""
+        return sum(len(ids) for ids, _ in self.rows)
+
+    def _batch(self, rows: list[tuple[list[int], int]]) -> Batch:
+        width = max(len(ids) for ids, _ in rows)
+        padded = [ids + [self.pad] * (width - len(ids)) for ids, _ in rows]
+        index = torch.arange(width)
+        length = torch.tensor([[len(ids)] for ids, _ in rows])
+        prompt = torch.tensor([[n_prompt] for _, n_prompt in rows])
+        present = (index < length).long()
+        tensors = (torch.tensor(padded), present, present * (index >= prompt))
+        return Batch(*(x.to(self.device) for x in tensors))
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that [`load_texts`] reads."""
+    add = parser.add_argument_group("text").add_argument
+    add("--task", metavar="NAME", help="an lm-eval task: prompts and answers of its training split")
+    add("--include_path", metavar="DIR", help="a folder with more lm-eval tasks")
+    add("--num_fewshot", type=int, help="examples in a prompt, instead of the task's own number")
+    add(
+        "--dataset",
+        metavar="FILE_OR_ID",
+        help="a file of text, or a .json, .jsonl, .csv or .parquet file or a data set of the hub with a column `text`, or "
+        "`prompt` and `completion`",
+    )
+    add("--dataset_config", metavar="NAME", help="the data set's configuration")
+    add("--split", default="train", help="the data set's split (default: train)")
+    add("--num_texts", type=int, default=256, help="at most so many texts (default: 256)")
+    add("--held_out", type=int, default=64, help="as many more for what is measured on unseen text (default: 64)")
+    add("--batch_size", type=int, default=8, help="texts at a time (default: 8)")
+    add("--max_length", type=int, default=512, help="tokens of a text, the rest is cut (default: 512)")
+    add("--seed", type=int, default=0, help="of which texts are taken")
+
+
+def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, least: int = 2) -> tuple[Texts, Texts]:
+    """Texts to compute from, and others to measure on, drawn by `--seed`.
+
+    Args:
+        args: The flags of [`add_text_arguments`].
+        tokenizer: With a padding token.
+        least: Tokens that the analysis needs.
+
+    Raises:
+        ValueError: If not exactly one of `--task` and `--dataset` is given, a number is too small, columns are
+            missing, or the text has fewer than `least` tokens.
+        OSError: If there is no such data set.
+    """
+    if (args.task is None) == (args.dataset is None):
+        raise ValueError("--task, --dataset: give one of them")
+    for name, smallest in (("num_texts", 1), ("held_out", 1), ("batch_size", 1), ("max_length", 2)):
+        if getattr(args, name) < smallest:
+            raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least {smallest}")
+    given = _of_task(args) if args.task is not None else _of_dataset(args)
+    rows = [row for row in (_encode(*pair, tokenizer, args.max_length) for pair in given) if row is not None]
+    held_out = min(args.held_out, len(rows) // 5)
+    if not held_out:
+        raise ValueError(f"{args.task or args.dataset}: {len(rows)} texts of two or more tokens; it takes at least 5")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    texts = [
+        Texts(part, args.batch_size, tokenizer.pad_token_id, device) for part in (rows[held_out:], rows[:held_out])
+    ]
+    if texts[0].num_tokens < least:
+        raise ValueError(
+            f"{args.task or args.dataset}: {len(texts[0].rows)} texts have {texts[0].num_tokens} tokens, and at least "
+            f"{least} are needed; raise --num_texts or --max_length, or give more text"
+        )
+    logger.info(
+        "%d texts (%d tokens), and %d (%d tokens) held out",
+        *(n for part in texts for n in (len(part.rows), part.num_tokens)),
+    )
+    return texts[0], texts[1]
+
+
+def _of_task(args: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
+    task = tasks.load_task(args.task, args.include_path, args.num_fewshot)[0]
+    end = task.config.output_type == "generate_until"  # as in training: generated answers end
+    pairs = tasks.sft_dataset(task)
+    order = random.Random(args.seed).sample(range(len(pairs)), min(len(pairs), args.num_texts + args.held_out))
+    return ((pairs[i]["prompt"], pairs[i]["completion"], end) for i in order)
+
+
+def _of_dataset(args: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
+    for name in ("include_path", "num_fewshot"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: is about a task; give one with --task")
+    path = Path(args.dataset)
+    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "text")
+    source = {"path": kind, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
+    data = datasets.load_dataset(**source, name=args.dataset_config, split=args.split, streaming=True)
+    columns = set(data.column_names or next(iter(data), {}))
+    if "text" not in columns and not {"prompt", "completion"} <= columns:
+        raise ValueError(
+            f"--dataset: {args.dataset!r} has the columns {sorted(columns)}, not `text`, or `prompt` and `completion`"
+        )
+    data = data.shuffle(seed=args.seed, buffer_size=10_000)
+    pairs = (
+        ("", row["text"], False) if "text" in columns else (row["prompt"], row["completion"], False) for row in data
+    )
+    return islice((pair for pair in pairs if pair[1].strip()), args.num_texts + args.held_out)
+
+
+def _encode(
+    prompt: str, completion: str, end: bool, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], int] | None:
+    """Token ids, and how many of them are prompt (at least 1: nothing predicts the first); None without an answer."""
+    n_prompt = max(1, len(tokenizer(prompt.rstrip()).input_ids)) if prompt else 1
+    ids = tokenizer(prompt + completion).input_ids
+    ids = (ids + [tokenizer.eos_token_id] * (end and ids[-1] != tokenizer.eos_token_id))[:max_length]
+    return (ids, n_prompt) if len(ids) > n_prompt else None
