@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import tasks
-from peft_steer.bench import collect
 from peft_steer.bench.command import main
-from peft_steer.bench.plan import load_grid
+from peft_steer.bench.plan import Cell, load_grid
+from peft_steer.bench.store import Store
 
 
 LORA = {"name": "LoRA", "peft_type": "LORA", "r": 2, "target_modules": "all-linear", "learning_rate": 0.01}
@@ -44,9 +44,10 @@ def write_grid(folder: Path, **changes) -> Path:
 
 
 def results(folder: Path) -> dict[str, dict]:
-    """Results by the name of their method, each with its `key`."""
-    found = [{**json.loads(path.read_text()), "key": path.stem} for path in (folder / "cells").glob("*.json")]
-    return {result["cell"]["name"]: result for result in found}
+    """Results by the name of their method, each with its `adapter`, a folder."""
+    found = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
+    adapters = [Store(folder).adapter_path(Cell(**result["cell"])) for result in found]
+    return {result["cell"]["name"]: {**result, "adapter": path} for result, path in zip(found, adapters, strict=True)}
 
 
 # --- the plan ---
@@ -186,8 +187,8 @@ def test_what_is_measured(finished, tiny_llama):
         found["LoRA"]["loss"][0][1]
     )  # the same model on the same rows, before the first step
     assert last != pytest.approx(found["LoRA"]["loss"][-1][1])
-    assert not (folder / "adapters" / found["full"]["key"] / "model.safetensors").exists()
-    lofit = load_file(folder / "adapters" / found["LoFiT"]["key"] / "adapter_model.safetensors")
+    assert not (found["full"]["adapter"] / "model.safetensors").exists()
+    lofit = load_file(found["LoFiT"]["adapter"] / "adapter_model.safetensors")
     assert sum(int(x.sum()) for name, x in lofit.items() if name.endswith("selected")) == 3
     for name in ("LoRA", "post-block", "LoFiT", "JoLA"):
         result = found[name]
@@ -197,7 +198,7 @@ def test_what_is_measured(finished, tiny_llama):
         assert len(result["loss"]) == 3
         assert result["saved_bytes"] > 0
         assert result["peak_bytes"] > 1e8
-        adapter = folder / "adapters" / result["key"]
+        adapter = result["adapter"]
         weights = (adapter / "adapter_model.safetensors").stat().st_size
         assert result["adapter_bytes"] == weights > 4 * result["trainable"]
         assert PeftModel.from_pretrained(base, adapter).active_adapter == "default"
@@ -252,11 +253,10 @@ def test_killed_half_way(tiny_llama, tmp_path):
 def test_a_broken_result_file_is_named(finished, tmp_path, tiny_llama):
     grid = write_grid(tmp_path, model=tiny_llama, methods=[BASE])
     cell = load_grid(grid).cells(tiny_llama)[0]
-    path = collect.result_path(tmp_path, cell)
-    path.parent.mkdir()
+    path = Store(tmp_path).result_path(cell)
     path.write_text('{"status": "do')
     with pytest.raises(ValueError, match=f"{path.name} is not a result"):
-        collect.read_result(tmp_path, cell)
+        Store(tmp_path)
 
 
 def test_training_learns_the_answers_only(tiny_llama, tmp_path):

@@ -24,6 +24,14 @@ from peft_steer.bench.plan import FULL, Cell
 from peft_steer.cost import saved_bytes
 
 
+class Runner:
+    """Runs cells, one after the other."""
+
+    def __call__(self, cell: Cell, adapter_dir: Path) -> dict[str, Any]:
+        """Trains and evaluates a cell; `adapter_dir` is where its adapter is saved."""
+        return run_cell(cell, cell.source, adapter_dir)
+
+
 def run_cell(cell: Cell, model_path: str, adapter_dir: Path) -> dict[str, Any]:
     """Trains and evaluates one cell.
 

@@ -21,6 +21,9 @@ from peft_steer.suggest import suggest
 
 # What the bench sets itself, so a grid's `train` may not.
 _OURS = {"output_dir", "learning_rate", "seed", "save_strategy", "report_to", "use_cpu", "completion_only_loss"}
+VERSION = 2  # of the cells' keys and of the results' format
+_NAMES_AND_RESOURCES = ("name", "source", "gpus", "processes")  # do not decide a cell's result
+_EVALUATION = ("split", "limit", "eval_batch_size")
 FULL = "full"  # the `peft_type` of full fine-tuning: every parameter, in the grid's dtype
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,9 +48,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation. Everything but the name decides the result, and so the `key`.
+    """One training and its evaluation.
 
     Attributes:
+        source: What `from_pretrained` loads; `model` says which weights these are.
+        gpus: GPUs that the cell takes; a part of one for several cells on each.
+        processes: Processes that train the cell together.
         train: Fields of TRL's `SFTConfig`; empty for the untrained base.
         limit: Documents to evaluate, None for all.
     """
@@ -63,12 +69,23 @@ class Cell:
     learning_rate: float
     seed: int
     train: dict[str, Any]
+    source: str = ""
+    gpus: float = 0
+    processes: int = 1
 
     @property
     def key(self) -> str:
-        """A hash that names the cell's files."""
-        defining = {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
-        return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:16]
+        """A hash that names the cell's result: of everything that decides it, so not of its name."""
+        return self._hash(_NAMES_AND_RESOURCES)
+
+    @property
+    def training_key(self) -> str:
+        """A hash that names the trained adapter, which several evaluations may share."""
+        return self._hash((*_NAMES_AND_RESOURCES, *_EVALUATION))
+
+    def _hash(self, without: tuple[str, ...]) -> str:
+        defining = {k: v for k, v in dataclasses.asdict(self).items() if k not in without}
+        return hashlib.sha256(json.dumps([VERSION, defining], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -97,8 +114,8 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     train: dict[str, Any] = field(default_factory=dict)
 
-    def cells(self, model_label: str) -> list[Cell]:
-        """All cells, in the order of the file. `model_label` says which weights they are about."""
+    def cells(self, model_label: str, source: str = "") -> list[Cell]:
+        """All cells, in the order of the file. `model_label` says which weights they are, `source` where."""
         return [
             Cell(
                 name=method.name,
@@ -112,6 +129,7 @@ class Grid:
                 learning_rate=rate,
                 seed=seed if method.config else 0,
                 train={**self.train, **method.train} if method.config else {},
+                source=source,
             )
             for method in self.methods
             for rate in method.learning_rates
