@@ -9,7 +9,9 @@ import warnings
 import transformers
 
 
-ANALYSES: dict[str, str] = {}  # name -> what it says
+ANALYSES = {
+    "where": "in which term of each block the change made by fine-tuning lies: MLP, attention or skip path",
+}
 _USAGE = "usage: peft-steer analyze ANALYSIS --base MODEL --tuned MODEL_OR_ADAPTER ...\n\n" + "\n".join(
     f"  {name:13}{text}" for name, text in ANALYSES.items()
 )

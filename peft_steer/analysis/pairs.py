@@ -48,34 +48,21 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PairSource:
-    """A checked pair that is not loaded yet.
+class BaseSource:
+    """A base model that is not loaded yet.
 
     Attributes:
         base: What `from_pretrained` loads.
-        tuned: A model's directory or hub id, or an adapter's.
-        is_adapter: Which of the two.
         model_kwargs: For `from_pretrained`, of the base and of the copy below an adapter.
         tokenizer: The base's.
     """
 
     base: str
-    tuned: str
-    is_adapter: bool
     model_kwargs: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
 
-    def load(self) -> Pair:
-        """Loads both models, to the GPU if there is one."""
-        tuned = self.load_base()
-        if self.is_adapter:
-            tuned = _frozen(PeftModel.from_pretrained(tuned, self.tuned))
-        else:
-            tuned = _load(self.tuned, {"dtype": self.model_kwargs["dtype"]})
-        return Pair(self.load_base(), tuned, self.tokenizer)
-
     def load_base(self) -> PreTrainedModel:
-        """Loads the base once more."""
+        """Loads the base (once more), to the GPU if there is one."""
         return _load(self.base, self.model_kwargs)
 
     def load_adapter(self, adapter: str) -> PeftModel:
@@ -83,22 +70,53 @@ class PairSource:
         return _frozen(PeftModel.from_pretrained(self.load_base(), adapter))
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that [`find_pair`] reads."""
+@dataclass(frozen=True)
+class PairSource(BaseSource):
+    """A checked pair that is not loaded yet.
+
+    Attributes:
+        tuned: A model's directory or hub id, or an adapter's.
+        is_adapter: Which of the two.
+    """
+
+    tuned: str
+    is_adapter: bool
+
+    def load(self) -> Pair:
+        """Loads both models."""
+        if self.is_adapter:
+            tuned = self.load_adapter(self.tuned)
+        else:
+            tuned = _load(self.tuned, {"dtype": self.model_kwargs["dtype"]})
+        return Pair(self.load_base(), tuned, self.tokenizer)
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that [`find_base`] reads."""
     add = parser.add_argument_group("models").add_argument
     add("--base", required=True, metavar="DIR_OR_ID", help="a causal language model")
-    add("--tuned", required=True, metavar="DIR_OR_ID", help="the same model fine-tuned, or a PEFT adapter of it")
     add("--dtype", choices=DTYPES, default="float32", help="of both models (default: float32)")
     add("--load_in_4bit", action="store_true", help="quantize the base, also below an adapter, to nf4")
     add("--load_in_8bit", action="store_true", help="quantize the base, also below an adapter, to int8")
 
 
-def find_pair(args: argparse.Namespace) -> PairSource:
-    """Finds and checks `--base` and `--tuned`. Only configurations, tokenizers and an adapter's weights are read.
+def add_pair_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The flags that [`find_pair`] reads; without `required`, `--tuned` may be left out."""
+    add_base_arguments(parser)
+    optional = "" if required else " (optional)"
+    parser.add_argument(
+        "--tuned",
+        required=required,
+        metavar="DIR_OR_ID",
+        help=f"the same model fine-tuned, or a PEFT adapter of it{optional}",
+    )
+
+
+def find_base(args: argparse.Namespace) -> BaseSource:
+    """Finds `--base`. Only its tokenizer is read.
 
     Raises:
-        ValueError: If they differ in architecture, width, depth, vocabulary or tokenizer, if the adapter does not fit
-            the base or adds tokens to the sequence, or if the flags contradict each other.
+        ValueError: If the flags contradict each other.
         OSError: If there is no such model.
     """
     if args.load_in_4bit and args.load_in_8bit:
@@ -112,16 +130,28 @@ def find_pair(args: argparse.Namespace) -> PairSource:
         model_kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     base = find_model(args.base).path
     tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return BaseSource(base, model_kwargs, tokenizer)
+
+
+def find_pair(args: argparse.Namespace) -> PairSource:
+    """Finds and checks `--base` and `--tuned`. Only configurations, tokenizers and an adapter's weights are read.
+
+    Raises:
+        ValueError: If they differ in architecture, width, depth, vocabulary or tokenizer, if the adapter does not fit
+            the base or adds tokens to the sequence, or if the flags contradict each other.
+        OSError: If there is no such model.
+    """
+    source = find_base(args)
     is_adapter = _is_adapter(args.tuned)
     tuned = args.tuned if is_adapter else find_model(args.tuned).path
     if is_adapter:
-        check_adapter(base, args.base, tuned, "--tuned")
+        check_adapter(source.base, args.base, tuned, "--tuned")
     else:
-        _check_configs(base, tuned)
-    _check_tokenizers(tokenizer, tuned, is_adapter)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return PairSource(base, tuned, is_adapter, model_kwargs, tokenizer)
+        _check_configs(source.base, tuned)
+    _check_tokenizers(source.tokenizer, tuned, is_adapter)
+    return PairSource(source.base, source.model_kwargs, source.tokenizer, tuned, is_adapter)
 
 
 def blocks_of(model: PreTrainedModel | PeftModel) -> list[Block]:

@@ -102,8 +102,8 @@ class Texts:
         return Batch(*(x.to(self.device) for x in tensors))
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that [`load_texts`] reads."""
+def add_text_arguments(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
+    """The flags that [`load_texts`] reads; without `held_out`, of an analysis that holds no text out."""
     add = parser.add_argument_group("text").add_argument
     add("--task", metavar="NAME", help="an lm-eval task: prompts and answers of its training split")
     add("--include_path", metavar="DIR", help="a folder with more lm-eval tasks")
@@ -111,13 +111,16 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dataset",
         metavar="FILE_OR_ID",
-        help="a file of text, or a .json, .jsonl, .csv or .parquet file or a data set of the hub with a column `text`, or "
-        "`prompt` and `completion`",
+        help="a file of text, or a .json, .jsonl, .csv or .parquet file or a data set of the hub with a column "
+        "`text`, or `prompt` and `completion`",
     )
     add("--dataset_config", metavar="NAME", help="the data set's configuration")
     add("--split", default="train", help="the data set's split (default: train)")
     add("--num_texts", type=int, default=256, help="at most so many texts (default: 256)")
-    add("--held_out", type=int, default=64, help="as many more for what is measured on unseen text (default: 64)")
+    if held_out:
+        add("--held_out", type=int, default=64, help="as many more for what is measured on unseen text (default: 64)")
+    else:
+        parser.set_defaults(held_out=None)
     add("--batch_size", type=int, default=8, help="texts at a time (default: 8)")
     add("--max_length", type=int, default=512, help="tokens of a text, the rest is cut (default: 512)")
     add("--seed", type=int, default=0, help="of which texts are taken")
@@ -138,13 +141,14 @@ def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, lea
     """
     if (args.task is None) == (args.dataset is None):
         raise ValueError("--task, --dataset: give one of them")
-    for name, smallest in (("num_texts", 1), ("held_out", 1), ("batch_size", 1), ("max_length", 2)):
+    least_of = {"num_texts": 1, "batch_size": 1, "max_length": 2} | ({} if args.held_out is None else {"held_out": 1})
+    for name, smallest in least_of.items():
         if getattr(args, name) < smallest:
             raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least {smallest}")
     given = _of_task(args) if args.task is not None else _of_dataset(args)
     rows = [row for row in (_encode(*pair, tokenizer, args.max_length) for pair in given) if row is not None]
-    held_out = min(args.held_out, len(rows) // 5)
-    if not held_out:
+    held_out = min(args.held_out or 0, len(rows) // 5)
+    if args.held_out is not None and not held_out:
         raise ValueError(f"{args.task or args.dataset}: {len(rows)} texts of two or more tokens; it takes at least 5")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = [
@@ -167,7 +171,7 @@ def _of_task(args: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
     task = tasks.load_task(args.task, args.include_path, args.num_fewshot)[0]
     end = task.config.output_type == "generate_until"  # as in training: generated answers end
     pairs = tasks.sft_dataset(task)
-    order = random.Random(args.seed).sample(range(len(pairs)), min(len(pairs), args.num_texts + args.held_out))
+    order = random.Random(args.seed).sample(range(len(pairs)), min(len(pairs), args.num_texts + (args.held_out or 0)))
     return ((pairs[i]["prompt"], pairs[i]["completion"], end) for i in order)
 
 
@@ -185,10 +189,10 @@ def _of_dataset(args: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
             f"--dataset: {args.dataset!r} has the columns {sorted(columns)}, not `text`, or `prompt` and `completion`"
         )
     data = data.shuffle(seed=args.seed, buffer_size=10_000)
-    pairs = (
-        ("", row["text"], False) if "text" in columns else (row["prompt"], row["completion"], False) for row in data
-    )
-    return islice((pair for pair in pairs if pair[1].strip()), args.num_texts + args.held_out)
+    names = ("text",) if "text" in columns else ("prompt", "completion")
+    cells = ([str(row[name]) for name in names] for row in data)  # (a csv file's answers may be read as numbers)
+    pairs = (("" if len(cell) == 1 else cell[0], cell[-1], False) for cell in cells)
+    return islice((pair for pair in pairs if pair[1].strip()), args.num_texts + (args.held_out or 0))
 
 
 def _encode(
