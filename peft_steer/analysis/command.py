@@ -11,6 +11,7 @@ import transformers
 
 ANALYSES = {
     "where": "in which term of each block the change made by fine-tuning lies: MLP, attention or skip path",
+    "oracle": "steer by what fine-tuning does to the hidden states: how near it comes to the tuned model, and spectra",
 }
 _USAGE = "usage: peft-steer analyze ANALYSIS --base MODEL --tuned MODEL_OR_ADAPTER ...\n\n" + "\n".join(
     f"  {name:13}{text}" for name, text in ANALYSES.items()
