@@ -156,6 +156,13 @@ def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
     return f"{block.name}.{name}.{inner}", module.get_submodule(inner)
 
 
+def mlp_name(block: Block) -> str | None:
+    """Name, in `block`, of the MLP itself, without a norm that follows it; None if it is no module of its own (OPT,
+    BERT)."""
+    name = _find(block.module, _MLP)
+    return None if name is None or _is_linear(block.module, name) else name
+
+
 def heads_projection(block: Block) -> tuple[str, str]:
     """Names, in `block`, of the attention and of the linear layer that projects its heads.
 
