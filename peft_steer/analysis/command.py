@@ -10,8 +10,7 @@ import transformers
 
 
 ANALYSES = {
-    "first-order": "what a change of an MLP's weights does to its output, and what steering before the MLP can do of "
-    "it",
+    "first-order": "what a change of MLP weights does to their output, and what steering before the MLP can do of it",
     "where": "in which term of each block the change made by fine-tuning lies: MLP, attention or skip path",
     "oracle": "steer by what fine-tuning does to the hidden states: how near it comes to the tuned model, and spectra",
 }
