@@ -13,9 +13,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from transformers import BitsAndBytesConfig
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from peft_steer import needs_prompts  # (importing the package registers the tuner types, which `hf` lacks)
+from peft_steer import needs_prompts
+
+from .adapter import check, fingerprint, set_strength, take_off
 
 
 @register_model("peft-steer")
@@ -23,20 +26,74 @@ class PeftSteerLM(HFLM):
     """`HFLM` with our tuner types registered, so that `peft=ADAPTER_DIR` loads them like any other adapter.
 
     Adapters whose `positions` refer to the prompt are told where each context ends. (`hf` does not tell them, and they
-    raise.)
+    raise.) On CPUs, and on several machines, `accelerate launch` divides the documents as `hf` does among the GPUs of
+    one machine.
+
+    Args:
+        pretrained, kwargs: Those of `hf`.
+        peft (`str`, *optional*): Path or Hub ID of an adapter, of any type that PEFT knows. [`load_adapter`] puts
+            another one on the same base. (`peft-steer lm-eval` takes a list.)
+        scale (`float`, *optional*): Strength of a steering, joint or LoRA adapter, as a factor of the one that it was
+            trained with.
+
+    Raises:
+        ValueError: If `peft` is no path, or `scale` no finite number or without an adapter that has a strength.
     """
 
     # While loglikelihoods are computed: the number of context tokens, by what the model is given.
     _context_lengths: dict[tuple[int, ...], int] | None = None
     _probing = False
+    _fingerprint: dict[str, int] | None = None  # of the base below the present adapter
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel | PeftModel,
+        *args: Any,
+        peft: str | None = None,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check(peft, scale)
+        if peft and kwargs.get("delta"):
+            raise ValueError("Cannot use both 'peft' and 'delta' options at the same time.")
+        super().__init__(pretrained, *args, **kwargs)
+        if hasattr(self, "accelerator"):  # set by `hf` if there are several processes
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if peft or scale is not None:
+            self.load_adapter(peft, scale)
+
+    def load_adapter(self, peft: str | None, scale: float | None = None) -> None:
+        """Takes the present adapter off the base and puts another one on it.
+
+        Args:
+            peft: Path or Hub ID of the adapter, of any type, whatever the present one's is; None for the base alone.
+            scale: As in the constructor.
+
+        Raises:
+            ValueError: As in the constructor; or if the base is not what it was before the present adapter, which then
+                has to be evaluated by itself.
+        """
+        check(peft, scale)
+        self._model = take_off(self._model, self._fingerprint)
+        self.peft = self._fingerprint = None
+        if not peft:
+            return
+        if self._model.config.get_text_config().vocab_size != len(self.tokenizer):  # as `hf`
+            self._model.resize_token_embeddings(len(self.tokenizer))
+        self._fingerprint = fingerprint(self._model)
+        self._model = PeftModel.from_pretrained(self._model, peft, revision=self.revision).eval()
+        self._model.tie_weights()
+        self.peft = peft
+        if scale is not None:
+            set_strength(self._model, scale)
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         # `hf` of lm-eval 0.4.13 passes these on as they are, which transformers 5 no longer takes.
-        flags = {
-            k: kwargs.pop(k) for k in list(kwargs) if k in ("load_in_4bit", "load_in_8bit") or k.startswith("bnb_")
-        }
-        if flags:
+        flags = {k: kwargs.pop(k) for k in list(kwargs) if k.startswith(("load_in_", "bnb_", "llm_int8_"))}
+        if flags.get("load_in_4bit") or flags.get("load_in_8bit"):
             kwargs["quantization_config"] = BitsAndBytesConfig(**flags)
+        elif flags.keys() - {"load_in_4bit", "load_in_8bit"}:
+            raise ValueError(f"{', '.join(flags)}: nothing is quantized without `load_in_4bit` or `load_in_8bit`")
         super()._create_model(*args, **kwargs)
 
     def _loglikelihood_tokens(
@@ -60,6 +117,8 @@ class PeftSteerLM(HFLM):
                 found = super()._loglikelihood_tokens([requests[i] for i in now], disable_tqdm, override_bs)
                 answers.update(zip(now, found, strict=True))
                 waiting = later
+                if waiting and self.batch_size == "auto" and not override_bs:  # detected once is enough
+                    override_bs = min(self.batch_sizes.values())
         finally:
             self._context_lengths = None
         return [answers[i] for i in range(len(requests))]

@@ -196,7 +196,7 @@ NOT_APPLICABLE: dict[str, list[Expectation]] = {
         Expectation(
             r"test_from_pretrained_forward_compatible\w*",
             "a preset is SteerConfig with other defaults: its file says STEER, so PEFT loads, and names, SteerConfig",
-            case="block-nonlinear|block-linear-bias|mlp-loreft",
+            case="block-nonlinear|block-linear-bias|mlp-loreft|heads-lofit",
         ),
     ],
     "joint": [
