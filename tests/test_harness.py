@@ -70,15 +70,14 @@ def assert_equal(found: dict[str, list], expected: dict[str, list]) -> None:
 
 # of the model, and of the run
 OPTIONS = {
-    "auto, few-shot": ({"batch_size": "auto", "max_batch_size": 4, "max_length": 96}, {"num_fewshot": 2}),
-    "auto:3, chat": (
-        {"batch_size": "auto:3", "max_batch_size": 4, "max_length": 96},
+    "auto:2, chat": (
+        {"batch_size": "auto:2", "max_batch_size": 4, "max_length": 96},
         {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "Add."},
     ),
     "parallelize": ({"parallelize": True, "max_cpu_memory": "8GiB", "dtype": "bfloat16"}, {}),
     "others": (
         {"revision": "main", "trust_remote_code": True, "add_bos_token": True, "softmax_dtype": "float64"},
-        {},
+        {"num_fewshot": 2},
     ),
 }
 
