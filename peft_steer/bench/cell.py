@@ -1,7 +1,10 @@
 """One cell of a comparison: train a method with TRL's `SFTTrainer`, evaluate it with lm-eval, measure its costs."""
 
+import json
 import logging
 import platform
+import statistics
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -13,103 +16,155 @@ import peft
 import torch
 import transformers
 import trl
-from peft import get_peft_config
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel, get_peft_config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import SFTConfig, SFTTrainer
 
 from lm_eval_tasks.model import PeftSteerLM
 from peft_steer import tasks
+from peft_steer.bench.forgetting import text_loss
 from peft_steer.bench.memory import peak_bytes, reset_peak
 from peft_steer.bench.plan import FULL, Cell
+from peft_steer.bench.store import read_training, save_training
 from peft_steer.cost import saved_bytes
+from peft_steer.cost.measure import greedy_decoding, interleaved_seconds
+from peft_steer.cost.methods import share
+
+
+_DECODED_TOKENS, _DECODING_ROUNDS = 8, 5
 
 
 class Runner:
-    """Runs cells, one after the other."""
+    """Runs cells in turn. The base model stays loaded between cells of one model; each cell gets modules and hooks of
+    its own around the same weights."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[Any, ...] = ()
+        self._sums: list[float] = []
 
     def __call__(self, cell: Cell, adapter_dir: Path) -> dict[str, Any]:
-        """Trains and evaluates a cell; `adapter_dir` is where its adapter is saved."""
-        return run_cell(cell, cell.source, adapter_dir)
+        """Trains and evaluates one cell.
+
+        Args:
+            cell: What to do.
+            adapter_dir: Where the trained adapter is saved, in one step. If it is there, it is loaded and not trained
+                again. A whole model, fully fine-tuned, is not kept.
+
+        Returns:
+            The score with its standard error and n, the score of each document, and the costs: sizes in bytes, times
+            in seconds, losses in nats per token; None where the untrained base has none.
+        """
+        datasets.disable_progress_bars()
+        transformers.logging.set_verbosity_error()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own and TRL's code
+        base, tokenizer = self._base(cell)
+        task, manager = tasks.load_task(cell.task)
+        tasks.complete_splits(task)
+        tasks.evaluate_on(task, cell.split)
+        full = cell.config.get("peft_type") == FULL
+        names = ("train_seconds", "train_tokens", "peak_bytes", "saved_bytes", "adapter_bytes", "decode_ratio", "loss")
+        costs = dict.fromkeys((*names, "forgetting"))
+        costs |= {"trainable": 0, "parameters": base.num_parameters()}
+        before = text_loss(base, tokenizer, cell.forgetting) if cell.forgetting and cell.config else None
+        transformers.set_seed(cell.seed)
+        model = base if full else share(base)
+        if cell.config:
+            trained = read_training(adapter_dir)
+            if trained is None:
+                model, trained = _train(cell, model, tokenizer, task, adapter_dir)
+            else:
+                model = PeftModel.from_pretrained(model, adapter_dir)
+            costs |= trained
+        if before is not None:
+            costs["forgetting"] = {"before": before, "after": text_loss(model, tokenizer, cell.forgetting)}
+        if cell.config and not full:
+            costs["decode_ratio"] = _decode_ratio(base, model, tokenizer)
+        scores = _evaluate(cell, model, tokenizer, task, manager)
+        if full or self._sums != _sums(base):  # some PEFT initializations write into the base
+            self._loaded = ()
+        return {**costs, **scores, "environment": _environment(base.device)}
+
+    def _base(self, cell: Cell) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        wanted = (cell.source, cell.dtype, json.dumps(cell.quantization, sort_keys=True))
+        if self._loaded[:1] != (wanted,):
+            self._loaded = ()  # before the next one needs the memory
+            model = _load(cell)
+            self._loaded = (wanted, model, AutoTokenizer.from_pretrained(cell.source))
+            self._sums = _sums(model)
+        return self._loaded[1:]
 
 
-def run_cell(cell: Cell, model_path: str, adapter_dir: Path) -> dict[str, Any]:
-    """Trains and evaluates one cell.
+def _load(cell: Cell) -> PreTrainedModel:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments: dict[str, Any] = {"dtype": getattr(torch, cell.dtype)}
+    if cell.quantization:
+        arguments["quantization_config"] = BitsAndBytesConfig(**_torch_dtypes(cell.quantization))
+        arguments["device_map"] = {"": device}
+        return AutoModelForCausalLM.from_pretrained(cell.source, **arguments)
+    return AutoModelForCausalLM.from_pretrained(cell.source, **arguments).to(device)
 
-    Args:
-        cell: What to do.
-        model_path: What `from_pretrained` loads; `cell.model` says which weights these are.
-        adapter_dir: Where the trained adapter is saved; a whole model, fully fine-tuned, is not.
 
-    Returns:
-        Accuracy with its standard error and n, and the costs: sizes in bytes, times in seconds, None where the
-        untrained base has none.
-    """
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own and TRL's code
-    transformers.set_seed(cell.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, cell.dtype)).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    task, manager = tasks.load_task(cell.task)
-    tasks.evaluate_on(task, cell.split)
-    costs: dict[str, Any] = dict.fromkeys(("train_seconds", "peak_bytes", "saved_bytes", "adapter_bytes", "loss"))
-    costs |= {"trainable": 0, "parameters": model.num_parameters()}
-    if cell.config:
-        model, trained = _train(cell, model, tokenizer, task, adapter_dir)
-        costs |= trained
-    return {**costs, **_evaluate(cell, model, tokenizer, task, manager), "environment": _environment(device)}
+def _sums(model: torch.nn.Module) -> list[float]:
+    return [parameter.detach().double().sum().item() for parameter in model.parameters()]
 
 
 def _train(
     cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Any, adapter_dir: Path
-) -> tuple[PreTrainedModel | peft.PeftModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
     full = cell.config["peft_type"] == FULL
     pairs = tasks.sft_dataset(task)
     arguments = {"bf16": False, "logging_steps": 10, "disable_tqdm": False, **cell.train}
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(adapter_dir),
-            learning_rate=cell.learning_rate,
-            seed=cell.seed,
-            save_strategy="no",
-            completion_only_loss=True,  # its default looks for the untokenized columns
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            **arguments,
-        ),
-        train_dataset=tasks.tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until"),
-        processing_class=tokenizer,
-        peft_config=None if full else get_peft_config(dict(cell.config)),
-    )
-    reset_peak()
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    peak = peak_bytes()
+    with tempfile.TemporaryDirectory(prefix="peft-steer-") as unused:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=unused,
+                learning_rate=cell.learning_rate,
+                seed=cell.seed,
+                save_strategy="no",
+                completion_only_loss=True,  # its default looks for the untokenized columns
+                report_to="none",
+                use_cpu=not torch.cuda.is_available(),
+                **arguments,
+            ),
+            train_dataset=tasks.tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until"),
+            processing_class=tokenizer,
+            peft_config=None if full else get_peft_config(dict(cell.config)),
+        )
+        reset_peak()
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
     trained = trainer.model
-    if not full:  # a whole model for every cell would fill the disk
-        trained.save_pretrained(adapter_dir)
+    costs = {
+        "train_seconds": seconds,
+        "train_tokens": next(e["num_tokens"] for e in reversed(trainer.state.log_history) if "num_tokens" in e),
+        "peak_bytes": peak_bytes(),
+        "loss": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+    }
     n_rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
     rows = [trainer.train_dataset[i] for i in range(n_rows)]
     batch = {name: value.to(trained.device) for name, value in trainer.data_collator(rows).items()}
-    if full:
-        trainable = parameters = trained.num_parameters()
-        weights = sum(p.nbytes for p in trained.parameters())
-    else:
-        trainable, parameters = trained.get_nb_trainable_parameters()
-        weights = (adapter_dir / "adapter_model.safetensors").stat().st_size
-    return trained, {
-        "trainable": trainable,
-        "parameters": parameters,
-        "train_seconds": seconds,
-        "peak_bytes": peak,
-        "saved_bytes": saved_bytes(trained, batch),
-        "adapter_bytes": weights,
-        "loss": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
-    }
+    costs["saved_bytes"] = saved_bytes(trained, batch)
+    if full:  # not kept: a whole model for every cell would fill the disk
+        costs["trainable"] = costs["parameters"] = trained.num_parameters()
+        costs["adapter_bytes"] = sum(p.nbytes for p in trained.parameters())
+        return trained, costs
+    costs["trainable"], costs["parameters"] = trained.get_nb_trainable_parameters()
+
+    def save(folder: Path) -> None:
+        trained.save_pretrained(folder)
+        costs["adapter_bytes"] = (folder / "adapter_model.safetensors").stat().st_size
+
+    save_training(adapter_dir, save, costs)
+    return trained, costs
 
 
 def _evaluate(
@@ -120,22 +175,38 @@ def _evaluate(
         tasks=[task],
         limit=cell.limit,
         task_manager=manager,
-        log_samples=False,
+        log_samples=True,
     )
     scores = output["results"][cell.task]
     metric = next(name for name in scores if "," in name and "_stderr," not in name)
     name, filter_name = metric.split(",")
+    samples = [s for s in output["samples"][cell.task] if s["filter"] == filter_name]
     return {
         "metric": name,
         "score": scores[metric],
         "stderr": scores[f"{name}_stderr,{filter_name}"],
         "n": output["n-samples"][cell.task]["effective"],
+        "items": {"ids": [s["doc_hash"] for s in samples], "scores": [float(s[name]) for s in samples]},
     }
 
 
-def _environment(device: str) -> dict[str, str]:
+def _decode_ratio(base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Time of a token, decoded with the cache, divided by the base's: the median over rounds of both in turn."""
+    prompt = tokenizer("The quick brown fox", return_tensors="pt").input_ids.to(base.device)
+    functions = {
+        name: greedy_decoding(m, prompt, _DECODED_TOKENS) for name, m in (("base", base), ("adapted", adapted))
+    }
+    seconds = interleaved_seconds(functions, _DECODING_ROUNDS, base.device, seed=0, label="Decoding")
+    return statistics.median(a / b for a, b in zip(seconds["adapted"], seconds["base"], strict=True))
+
+
+def _torch_dtypes(quantization: dict[str, Any]) -> dict[str, Any]:
+    return {k: getattr(torch, v) if k == "bnb_4bit_compute_dtype" else v for k, v in quantization.items()}
+
+
+def _environment(device: torch.device) -> dict[str, str]:
     libraries = (torch, transformers, peft, trl, lm_eval)
     versions = {library.__name__: library.__version__ for library in libraries}
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return {"device": name, "python": platform.python_version(), **versions}

@@ -1,9 +1,15 @@
-"""Compares PEFT methods on one task, as a grid file says: trains and evaluates each, then writes the table."""
+"""Compares PEFT methods as a grid file says: trains and evaluates each, then writes the tables."""
 
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from peft_steer.bench.plan import Contender, Grid
 
 
 def main(argv: list[str]) -> int:
@@ -12,41 +18,113 @@ def main(argv: list[str]) -> int:
     parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="what to compare")
     parser.add_argument("--model", help="directory or hub id, instead of the grid's")
     parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: results/<name of the grid>)")
+    parser.add_argument("--dry-run", action="store_true", help="print the cells and what they will take, and stop")
     parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: 1; with Ray, all that fit)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine or a Ray cluster")
     parser.add_argument("--address", help="of the Ray cluster (default: RAY_ADDRESS, else a new one on this machine)")
     args = parser.parse_args(argv)
 
+    from peft_steer.bench.contenders import contenders
     from peft_steer.bench.engine import make_engine, run_cells
-    from peft_steer.bench.plan import load_grid
+    from peft_steer.bench.parse import load_grid
     from peft_steer.bench.report import write_report
+    from peft_steer.bench.stages import planned, run_grid
     from peft_steer.bench.store import Store
-    from peft_steer.models import find_model
-    from peft_steer.tasks import evaluate_on, load_task
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
     directory = args.output or Path("results") / args.grid.stem
     try:
-        grid = load_grid(args.grid, model=args.model)
-        evaluate_on(load_task(grid.task)[0], grid.split)
-        source = find_model(grid.model)
-        cells = grid.cells(source.label, source.path)
+        grid = _found(load_grid(args.grid, model=args.model))
+        tasks = _tasks(grid)
+        entrants, remarks = contenders(grid)
+        sweep, final = planned(grid, entrants)
         engine = make_engine(args.engine, args.jobs, args.address)
-        engine.check(cells)
-        store = Store(directory)
+        if not args.dry_run:
+            engine.check([*sweep, *final])
+            store = Store(directory)
     except (ValueError, OSError, ImportError) as error:
         print(f"peft-steer bench: {error}", file=sys.stderr)
         return 2
-    print(f"Model: {source.label}\n       loaded from {source.path}", flush=True)
+    for line in remarks:
+        print(line)
+    print(f"{len(sweep) + len(final)} runs: {len(sweep)} to choose on validation, {len(final)} after it.", flush=True)
+    if args.dry_run:
+        print(_preview([*sweep, *final], entrants, tasks))
+        return 0
     try:
         with engine:
-            results = run_cells(cells, store, engine)
+            outcome = run_grid(grid, entrants, lambda cells: run_cells(cells, store, engine))
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where this run stopped.", file=sys.stderr)
         return 130
-    print(f"\n{write_report(grid, cells, results, directory)}")
-    print(f"Table, CSV and figure: {directory}. Adapters: {directory / 'adapters'}")
-    failed = sum(result["status"] == "failed" for result in results)
+    print(f"\n{write_report(grid, outcome.cells, outcome.results, directory)}")
+    for line in outcome.remarks:
+        print(f"- {line}")
+    print(f"Tables, figures and adapters: {directory}.")
+    failed = sum(result["status"] == "failed" for result in outcome.results)
     if failed:
-        print(f"{failed} of {len(cells)} runs failed; the same command tries them again.", file=sys.stderr)
+        print(f"{failed} of {len(outcome.cells)} runs failed; the same command tries them again.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _found(grid: "Grid") -> "Grid":
+    """The grid with its models' weights found."""
+    from peft_steer.models import find_model
+
+    models = []
+    for model in grid.models:
+        source = find_model(model.name)
+        print(f"Model: {source.label}\n       loaded from {source.path}", flush=True)
+        models.append(replace(model, name=source.label, source=source.path))
+    return replace(grid, models=tuple(models))
+
+
+def _tasks(grid: "Grid") -> dict[str, Any]:
+    """The grid's tasks, by name, with all splits."""
+    from peft_steer.tasks import complete_splits, evaluate_on, load_task
+
+    loaded = {}
+    for entry in grid.tasks:
+        loaded[entry.name], _ = load_task(entry.name)
+        if remark := complete_splits(loaded[entry.name]):
+            print(remark)
+        evaluate_on(loaded[entry.name], grid.split)
+    return loaded
+
+
+def _preview(cells: list[Any], entrants: list["Contender"], tasks: dict[str, Any]) -> str:
+    import pandas as pd
+
+    from peft_steer.bench.estimate import Estimator
+
+    sizes = {
+        (entrant.model.name, entrant.method.name, repr(config)): size
+        for entrant in entrants
+        for config, size in zip(entrant.configs, entrant.trainable, strict=True)
+    }
+    estimator, rows = Estimator(), []
+    for cell in cells:
+        trainable = sizes[cell.model, cell.name, repr(cell.config)]
+        estimate = estimator(cell, tasks[cell.task], trainable)
+        rows.append(
+            {
+                "model": cell.model,
+                "task": cell.task,
+                "method": cell.name,
+                "learning rate": f"{cell.learning_rate:g}" if cell.config else "–",
+                "seed": cell.seed,
+                "split": cell.split,
+                "trainable": "?" if trainable is None else f"{trainable:,}",
+                "minutes": estimate.seconds / 60,
+                "GB": estimate.bytes / 1e9,
+                "key": cell.key,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    total = frame["minutes"].sum()
+    return (
+        f"{frame.to_markdown(index=False, floatfmt=('',) * 7 + ('.1f', '.2f', ''))}\n\n"
+        f"About {total:.0f} minutes on this machine, if its processors are free (half or twice as much is as likely), "
+        f"and {frame['GB'].max():.2f} GB at a time for weights, gradients and optimizer; what is kept for backward "
+        "comes on top. What runs after the sweep stands for the choices, which are not known yet."
+    )

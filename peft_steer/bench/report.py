@@ -24,7 +24,7 @@ def write_report(grid: Grid, cells: list[Cell], results: list[dict[str, Any]], d
     directory.mkdir(parents=True, exist_ok=True)
     frame = _frame(cells, results)
     frame.to_csv(directory / "results.csv", index=False)
-    head = f"{cells[0].model}, {grid.dtype}; `{grid.task}`, {grid.split} split."
+    head = f"{cells[0].model}, {cells[0].dtype}; `{cells[0].task}`, {grid.split} split."
     environment = next((result["environment"] for result in results if "environment" in result), {})
     failures = [f"- {row.method}: {row.error}" for row in frame.itertuples() if row.error]
     markdown = (
