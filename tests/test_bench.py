@@ -35,8 +35,8 @@ def results(folder: Path) -> dict[str, dict]:
 def finished(tiny_llama, tmp_path_factory):
     """A run with a method that cannot work among the others: its exit code, its folder and its grid."""
     folder = tmp_path_factory.mktemp("finished")
-    # PEFT finds out only in training that it has no data to initialize with.
-    wrong = {**LORA, "name": "wrong", "init_lora_weights": "eva"}
+    # An optimizer that is not installed, which the trainer finds out.
+    wrong = {**LORA, "name": "wrong", "train": {"optim": "lomo"}}
     grid = write_grid(folder, model=tiny_llama, methods=[BASE, wrong, LORA, STEER, FULL, LOFIT, JOLA])
     return main([str(grid), "--output", str(folder / "out")]), folder / "out", grid
 
@@ -54,11 +54,11 @@ def test_a_failing_method_leaves_the_others(finished):
         "LoFiT": "done",
         "JoLA": "done",
     }
-    assert "no_such_module" in found["wrong"]["error"]
+    assert "lomo" in found["wrong"]["error"]
     table = (folder / "table.md").read_text()
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     assert rows[2:] == ["base", "wrong", "LoRA", "post-block", "full", "LoFiT", "JoLA"]
-    assert "- wrong: NoMatchingPeftModuleError" in table
+    assert "- wrong: ImportError" in table
 
 
 def test_what_is_measured(finished, tiny_llama):

@@ -65,7 +65,7 @@ class Runner:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own and TRL's code
         base, tokenizer = self._base(cell)
-        task, manager = tasks.load_task(cell.task)
+        task, _ = tasks.load_task(cell.task)
         tasks.complete_splits(task)
         tasks.evaluate_on(task, cell.split)
         full = cell.config.get("peft_type") == FULL
@@ -86,7 +86,7 @@ class Runner:
             costs["forgetting"] = {"before": before, "after": text_loss(model, tokenizer, cell.forgetting)}
         if cell.config and not full:
             costs["decode_ratio"] = _decode_ratio(base, model, tokenizer)
-        scores = _evaluate(cell, model, tokenizer, task, manager)
+        scores = _evaluate(cell, model, tokenizer, task)
         if full or self._sums != _sums(base):  # some PEFT initializations write into the base
             self._loaded = ()
         return {**costs, **scores, "environment": _environment(base.device)}
@@ -105,7 +105,7 @@ def _load(cell: Cell) -> PreTrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments: dict[str, Any] = {"dtype": getattr(torch, cell.dtype)}
     if cell.quantization:
-        arguments["quantization_config"] = BitsAndBytesConfig(**_torch_dtypes(cell.quantization))
+        arguments["quantization_config"] = BitsAndBytesConfig(**cell.quantization)
         arguments["device_map"] = {"": device}
         return AutoModelForCausalLM.from_pretrained(cell.source, **arguments)
     return AutoModelForCausalLM.from_pretrained(cell.source, **arguments).to(device)
@@ -167,14 +167,13 @@ def _train(
     return trained, costs
 
 
-def _evaluate(
-    cell: Cell, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Any, manager: Any
-) -> dict[str, Any]:
-    output = lm_eval.simple_evaluate(
-        model=PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size),
-        tasks=[task],
+def _evaluate(cell: Cell, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Any) -> dict[str, Any]:
+    if task.config.num_fewshot is None:
+        task.set_config("num_fewshot", 0)  # as `simple_evaluate` does; that one also asks pip for all packages
+    output = lm_eval.evaluate(
+        lm=PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size),
+        task_dict={"tasks": {cell.task: task}, "groups": {}},
         limit=cell.limit,
-        task_manager=manager,
         log_samples=True,
     )
     scores = output["results"][cell.task]
@@ -198,10 +197,6 @@ def _decode_ratio(base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrain
     }
     seconds = interleaved_seconds(functions, _DECODING_ROUNDS, base.device, seed=0, label="Decoding")
     return statistics.median(a / b for a, b in zip(seconds["adapted"], seconds["base"], strict=True))
-
-
-def _torch_dtypes(quantization: dict[str, Any]) -> dict[str, Any]:
-    return {k: getattr(torch, v) if k == "bnb_4bit_compute_dtype" else v for k, v in quantization.items()}
 
 
 def _environment(device: torch.device) -> dict[str, str]:

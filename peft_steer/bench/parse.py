@@ -1,6 +1,7 @@
 """A grid file, read and checked as a whole before anything is loaded."""
 
 import dataclasses
+import inspect
 import re
 import warnings
 from collections.abc import Iterable
@@ -118,12 +119,13 @@ def _model(where: str, raw: Any, grid: dict) -> Model:
     raw = {**{k: grid[k] for k in ("dtype", "quantization", "gpus", "processes") if k in grid}, **raw}
     name = _typed(f"{where}: name", raw.get("name"), str)
     quantization = _typed(f"{where}: quantization", raw.get("quantization") or {}, dict)
+    _check_keys(
+        f"{where}: quantization", quantization, set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}
+    )
     try:
-        _, unknown = BitsAndBytesConfig.from_dict(quantization, return_unused_kwargs=True)
+        BitsAndBytesConfig(**quantization)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: quantization: {error}") from error
-    if unknown:
-        raise ValueError(f"{where}: quantization: {sorted(unknown)} are no fields of BitsAndBytesConfig")
     gpus = raw.get("gpus", 0)
     if isinstance(gpus, bool) or not isinstance(gpus, (int, float)) or gpus < 0:
         raise ValueError(f"{where}: gpus: {gpus!r} is no number of at least 0")
