@@ -100,7 +100,8 @@ def of_call(inputs: dict, past: int | torch.Tensor, generates: bool) -> Layout:
 
     Where the prompt ends is told by, in this order: `prompt_lengths`, one for each row (of a packed batch, for each
     sequence, in order); `completion_mask` or `labels`, whose first token that is not 0 or -100 is the completion's
-    first; if the model does not generate (a classifier), everything is prompt.
+    first (without gaps in the labels, which would show several prompts); if the model does not generate (a
+    classifier), everything is prompt.
 
     Args:
         inputs: the arguments of `forward`, by name.
@@ -145,6 +146,15 @@ def of_call(inputs: dict, past: int | torch.Tensor, generates: bool) -> Layout:
     elif marks is not None:
         where = torch.where(marks.flatten(), sequence, n)
         length = torch.minimum(count.new_full((n + 1,), n).scatter_reduce(0, where, index, "amin"), total)
+        if inputs.get("completion_mask") is None:
+            last = count.new_full((n + 1,), -1).scatter_reduce(0, where, index, "amax")
+            labelled = count.new_zeros(n + 1).scatter_add(0, where, torch.ones_like(where))
+            require(
+                ((labelled == 0) | (last - length + 1 == labelled))[:n].all(),
+                "`labels` begin more than once in a sequence: several turns, or sequences joined without "
+                "`position_ids` (TRL's `packing_strategy='wrapped'`), so a prompt may end at any of them. Give the "
+                f"last turn alone as the completion, or pack with 'bfd'. {_HOW_TO_SAY}",
+            )
         # TRL's and transformers' collators mask the first label of every packed sequence: that shows no prompt.
         length = torch.where(packed & (length == 1), 0, length)
         padding = packed & (total[sequence] == 1)  # to a multiple, without an attention mask

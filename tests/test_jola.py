@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_lofit import edits, sft, sgd
-from tiny import inputs, make, randomize
+from tiny import inputs, make, randomize, steer_layers
 from transformers import AutoModelForCausalLM
 
 from peft_steer import JolaConfig
@@ -94,6 +94,30 @@ def penalty(model, t):
         for name in ("log_g1", "log_g2")
     ]
     return (weight * sums[0] + (1 - weight) * sums[1]) / (3 * 4)
+
+
+def test_some_tokens_alone():
+    """In training too: the gates of the pass at these tokens, nothing elsewhere, and the same gates recomputed."""
+    x, gradients = inputs(), []
+    for checkpointing in (False, True):
+        model = jola(positions="f2+l1").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        layer = next(iter(steer_layers(model).values()))
+        seen = []
+        layer.register_forward_hook(lambda m, args, out, seen=seen: seen.append((args[0], out)))
+        torch.manual_seed(5)
+        loss = model(**x, labels=x["input_ids"], prompt_lengths=[6, 5]).loss
+        z, out = seen[0]
+        edit = layer.steer_edit["default"]
+        g1, g2 = gates(edit.log_g1, edit.log_g2, seed=5)
+        want = ((1 + g2[:, None] * edit.A) * z.unflatten(-1, (4, 8)) + g1[:, None] * edit.v).flatten(-2)
+        chosen = torch.zeros(2, 7, dtype=torch.bool)
+        chosen[0, [0, 1, 5]] = chosen[1, [0, 1, 4]] = True
+        torch.testing.assert_close(out, torch.where(chosen[..., None], want, z), rtol=1e-5, atol=1e-6)
+        loss.backward()
+        gradients.append([p.grad for edit in edits(model) for p in (edit.A, edit.v)])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("batches", [1, 2])

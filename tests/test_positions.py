@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import METHODS, SITES, VOCAB, make, randomize, reference_delta, steer_layers
+from tiny import HEAD_KINDS, METHODS, SITES, VOCAB, make, randomize, reference_delta, steer_layers
 from transformers import DynamicCache, StaticCache
 
 from peft_steer import steered_positions
@@ -79,12 +79,15 @@ def test_the_mask_of_a_padded_batch(spec, how, side):
     assert torch.equal(mask_of(model), want)
 
 
-@pytest.mark.parametrize(
-    ("method", "site"),
-    [(m, s) for m in METHODS for s in [*SITES, ["attention", "mlp"]] if (m, s) != ("joint", "heads")],  # it refuses it
-)
-def test_the_edit_is_the_equation_at_the_mask_and_nothing_elsewhere(site, method):
-    model = steered(site=site, positions="f2+l1", method=method)
+EDITS = [
+    (m, {"site": s}) for m in METHODS for s in [*SITES, ["attention", "mlp"]] if (m, s) != ("joint", "heads")
+]  # (it refuses that)
+EDITS += [("steer", config) for config in HEAD_KINDS.values()]
+
+
+@pytest.mark.parametrize(("method", "config"), EDITS)
+def test_the_edit_is_the_equation_at_the_mask_and_nothing_elsewhere(method, config):
+    model = steered(**config, positions="f2+l1", method=method)
     ids, mask = tokens(9, 6)
     seen = {}
 
@@ -96,7 +99,7 @@ def test_the_edit_is_the_equation_at_the_mask_and_nothing_elsewhere(site, method
     model(input_ids=ids, attention_mask=mask, prompt_lengths=[7, 5])
     chosen = torch.zeros_like(mask, dtype=torch.bool)
     chosen[0, [0, 1, 6]] = chosen[1, [0, 1, 4]] = True
-    assert len(seen) == 3 * (len(site) if isinstance(site, list) else 1)
+    assert len(seen) == 3 * (len(config["site"]) if isinstance(config["site"], list) else 1)
     for layer, (h, out) in seen.items():
         assert torch.equal(out[~chosen], h[~chosen])
         edit = layer.steer_edit["default"]

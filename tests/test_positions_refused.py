@@ -20,6 +20,10 @@ UNKNOWN = "nothing tells where it ends"
 REFUSED = {
     "no labels": ({"input_ids": torch.ones(2, 4, dtype=torch.long)}, UNKNOWN),
     "labels from the first token": (batch(prompts=(0, 0)), "no sequence of this batch has a prompt"),
+    "labels of two turns": (
+        {**batch(), "labels": torch.tensor([[-100] * 3 + [5, 6, -100, -100, 7, 8]] * 2)},
+        "more than once",
+    ),
     "too few lengths": ({**inputs(), "prompt_lengths": [3]}, "another number of sequences"),
     "too long a prompt": ({**inputs(), "prompt_lengths": [3, 8]}, "longer than its sequence"),
     "a negative length": ({**inputs(), "prompt_lengths": [3, -1]}, "must not be negative"),

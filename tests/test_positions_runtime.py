@@ -13,6 +13,7 @@ from test_positions import GREEDY, SPECS, expected, mask_of, steered, tokens
 from tiny import SITES, SMALL, inputs, make, randomize, reference_delta, steer_layers
 
 from peft_steer import SteerConfig, steered_positions
+from peft_steer.cost import saved_bytes
 
 
 def gradients(model):
@@ -52,9 +53,13 @@ def test_gradient_checkpointing_recomputes_with_the_positions_of_its_own_pass(ar
     assert all(g.abs().sum() > 0 for g in found[0].values())
 
 
-@pytest.mark.parametrize(("site", "spec"), [("mlp", "f2+l1")])
-def test_compile_without_graph_breaks(spec, site):
-    model = steered(site=site, positions=spec)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compile_without_graph_breaks(checkpointing):
+    model = steered(site="mlp", positions="f2+l1").train(checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # which a compiled graph cannot return, for any adapter
+        model.config.use_cache = False  # as trainers set it
     x = batch()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -272,3 +277,14 @@ def test_unloading_leaves_the_model_as_it_was():
     assert {name for m in model.modules() for name in vars(m)} == before
     assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
     assert model.generate.__func__ is type(model).generate
+
+
+@pytest.mark.parametrize("kind", ["vector", "nonlinear"])
+def test_memory_is_that_of_the_chosen_tokens(kind):
+    """Kept for backward, beside what the model keeps for an edit of every token: the states of the chosen ones."""
+    x = batch((16, 16, 16, 16), (8, 8, 8, 8))
+    d, layers, share = 32 * 4, 3, {"last": 4, "f1+l2": 12, "prompt": 32}
+    every = saved_bytes(steered(kind=kind).train(), x)
+    for spec, rows in share.items():
+        extra = saved_bytes(steered(kind=kind, positions=spec).train(), x) - every
+        assert extra <= layers * rows * d + 2048, spec

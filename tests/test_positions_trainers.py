@@ -78,6 +78,16 @@ def test_sft(tmp_path, tiny_llama, spec, method, packing):
     assert len(losses(trainer)) == 3
 
 
+def test_wrapped_packing_is_refused(tmp_path, tiny_llama):
+    """It joins sequences without saying where; every row but the first may begin anywhere."""
+    config = SteerConfig(kind="nonlinear", positions="last", task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 32, "save_strategy": "no"}
+    trainer = sft_trainer(model, tiny_llama, tmp_path, config, **options)
+    with pytest.raises(ValueError, match="packing_strategy='wrapped'"):
+        trainer.train()
+
+
 def test_sft_on_chats(tmp_path, tiny_llama):
     """A chat template's tokens are tokens of the prompt, up to the one before the answer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

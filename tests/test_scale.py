@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate_configs"
 NAMES = ("single", "ddp", "fsdp2", "fsdp2_checkpointing", "deepspeed_zero2", "deepspeed_zero3")
 CPU = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
 # adapters by engine, and whether their training is resumed as well
-PROJECTED = ("vector", "nonlinear", "loreft", "joint", "lora")
+PROJECTED = ("vector", "nonlinear", "positions", "loreft", "joint", "lora")
 # DeepSpeed trains copies of the parameters: of a joint adapter's projections only those in the forward pass reach them
 UNPROJECTED = ("nonlinear", "joint_free", "lora")
 RUNS = {
