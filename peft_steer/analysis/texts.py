@@ -80,7 +80,7 @@ class Texts:
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.rows), self.batch_size):
-            yield self._batch(self.rows[start : start + self.batch_size])
+            yield self.batch(self.rows[start : start + self.batch_size])
 
     def batches(self, label: str) -> Iterator[Batch]:
         """Iterates with a progress bar."""
@@ -91,7 +91,8 @@ class Texts:
         """Tokens of all texts together."""
         return sum(len(ids) for ids, _ in self.rows)
 
-    def _batch(self, rows: list[tuple[list[int], int]]) -> Batch:
+    def batch(self, rows: list[tuple[list[int], int]]) -> Batch:
+        """Rows as one batch."""
         width = max(len(ids) for ids, _ in rows)
         padded = [ids + [self.pad] * (width - len(ids)) for ids, _ in rows]
         index = torch.arange(width)

@@ -1,0 +1,187 @@
+"""Turns a fine-tuned model, or any adapter, into a linear post-block steering adapter of its base.
+
+    peft-steer distill --base MODEL --tuned MODEL_OR_ADAPTER --task listops_short -o DIR
+    peft-steer distill --base MODEL --tuned MODEL_OR_ADAPTER --task listops_short -o DIR --max-error 0.3
+    peft-steer distill --base MODEL --tuned MODEL_OR_ADAPTER --task listops_short -o DIR --train-steps 100 --evaluate
+
+Each block's edit is fitted in closed form on the stream that the edits before it have steered; --train-steps goes on
+from there by the KL divergence to the tuned model. --max-error chooses each block's rank: what may be left, on
+held-out text, of the distance between base and tuned model at the block's output. The result is an ordinary adapter.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoConfig
+
+from peft_steer import SteerConfig
+from peft_steer.cost.methods import share
+
+from .accuracy import accuracies
+from .command import run_module
+from .distance import Distance
+from .fitting import FittedBlock, fit_blocks
+from .output import write
+from .pairs import Pair, PairSource, add_pair_arguments, find_pair
+from .texts import Texts, add_text_arguments, load_texts
+from .training import train_by_kl
+
+
+def main(argv: list[str]) -> int:
+    """Runs `peft-steer distill`."""
+    return run_module(__name__, "peft-steer distill", argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_pair_arguments(parser)
+    add_text_arguments(parser)
+    parser.set_defaults(num_texts=2048)
+    add = parser.add_argument_group("adapter").add_argument
+    add("--output", "-o", type=Path, required=True, metavar="DIR", help="the adapter, and distill.json")
+    add("--r", type=int, default=8, help="rank of every block (default: 8)")
+    add("--max_error", type=float, metavar="E", help="instead of --r: choose ranks so that no more is left")
+    add("--ridge", type=float, default=0.0, help="of the regression, relative to the moments' diagonal (default: 0)")
+    add = parser.add_argument_group("training").add_argument
+    add("--train_steps", type=int, default=0, help="steps by KL after the fit (default: 0)")
+    add("--learning_rate", type=float, default=2e-4, help="of these steps (default: 2e-4)")
+    add("--from_scratch", action="store_true", help="train the same adapter from zero, as long as all this took")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--evaluate", action="store_true", help="score base, tuned model and adapter on --task")
+    add("--limit", type=int, help="documents to score them on (default: all)")
+
+
+def run(args: argparse.Namespace) -> None:
+    _check(args)
+    source = find_pair(args)
+    _check_against(args, source)
+    texts, held_out = load_texts(args, source.tokenizer)
+    pair = source.load()
+    results, models = distill(pair, texts, held_out, args)
+    results |= {"base": args.base, "tuned": args.tuned, "text": args.task or args.dataset, "tokens": texts.num_tokens}
+    adapter = models["distilled"]
+    adapter.peft_config["default"].base_model_name_or_path = source.base if Path(args.base).exists() else args.base
+    adapter.save_pretrained(args.output)
+    pair.tokenizer.save_pretrained(args.output)
+    if args.evaluate:
+        for name, scores in accuracies(models, pair.tokenizer, args).items():
+            results["models"][name] |= scores
+    write(args.output / "distill.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    print(pd.DataFrame(results["models"]).T.to_markdown(floatfmt=".4g"))
+    ranks = [block["r"] for block in results["blocks"]]
+    print(f"\n{len(ranks)} blocks of rank {min(ranks)} to {max(ranks)}, saved to {args.output}. To score it:")
+    model_args = f"pretrained={source.base},dtype={args.dtype},peft={args.output}"
+    print(f"  peft-steer lm-eval --model peft-steer --model_args {model_args} --tasks {args.task or 'TASK'}")
+
+
+def distill(
+    pair: Pair, texts: Texts, held_out: Texts, args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, nn.Module]]:
+    """Fits, trains and measures, as the flags say.
+
+    Returns:
+        What to write to `distill.json`, and the models in it: `"base"`, `"tuned"`, `"distilled"` (a PEFT model) and,
+        with `args.train_steps`, `"fitted"` (before the training), with `args.from_scratch`, `"from scratch"`.
+    """
+    start = time.perf_counter()
+    blocks = fit_blocks(pair, texts, held_out, args.r, args.max_error, args.ridge)
+    models: dict[str, nn.Module] = {"base": pair.base, "tuned": pair.tuned}
+    if args.train_steps:
+        models["fitted"] = adapter_of(pair, blocks)
+    models["distilled"] = adapter_of(pair, blocks)
+    seconds, steps = {"fitted": time.perf_counter() - start}, {"distilled": args.train_steps}
+    if args.train_steps:
+        train_by_kl(models["distilled"], pair.tuned, texts, args.learning_rate, args.seed, steps=args.train_steps)
+    seconds["distilled"] = time.perf_counter() - start
+    if args.from_scratch:
+        models["from scratch"] = adapter_of(pair, blocks, empty=True)
+        limit = seconds["from scratch"] = seconds["distilled"]
+        steps["from scratch"] = train_by_kl(
+            models["from scratch"], pair.tuned, texts, args.learning_rate, args.seed, seconds=limit
+        )
+    facts = {
+        name: {
+            "parameters": _size(model),
+            "seconds": seconds.get(name),
+            "steps": steps.get(name),
+            **distance.summary(),
+        }
+        for (name, model), distance in zip(models.items(), distances(pair, models, held_out), strict=True)
+    }
+    rows = [{"name": b.name, "r": b.r, "error": b.error, "error_held_out": b.error_held_out} for b in blocks]
+    return {"models": facts, "blocks": rows}, models
+
+
+def adapter_of(pair: Pair, blocks: list[FittedBlock], empty: bool = False) -> PeftModel:
+    """The base, whose weights it shares, with these edits as a steering adapter; `empty` leaves them at `dh = 0`."""
+    r = max(block.r for block in blocks)
+    config = SteerConfig(
+        site="block",
+        kind="linear",
+        use_bias=True,
+        r=r,
+        rank_pattern={block.name: block.r for block in blocks if block.r != r},
+        target_modules=[block.name for block in blocks],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(share(pair.base), config)
+    if not empty:
+        weights = {
+            f"base_model.model.{block.name}.steering.steer_edit.{name}": getattr(block.edit, name).float()
+            for block in blocks
+            for name in ("W_down", "W_up", "b")
+        }
+        set_peft_model_state_dict(model, weights)
+    return model.eval()
+
+
+@torch.no_grad()
+def distances(pair: Pair, models: dict[str, nn.Module], texts: Texts) -> list[Distance]:
+    """Each model's distance from the tuned one."""
+    found = [Distance() for _ in models]
+    for batch in texts.batches("Measuring"):
+        reference = pair.tuned(**batch.inputs(pair.tuned)).logits
+        for distance, model in zip(found, models.values(), strict=True):
+            distance.add(batch, reference, model(**batch.inputs(model)).logits)
+    return found
+
+
+def _size(model: nn.Module) -> int:
+    """Parameters of an adapter, or of a whole model."""
+    tensors = get_peft_model_state_dict(model).values() if isinstance(model, PeftModel) else model.parameters()
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, value, ok, needs in (
+        ("r", args.r, args.r >= 1, "be at least 1"),
+        ("max_error", args.max_error, args.max_error is None or args.max_error > 0, "be positive"),
+        ("ridge", args.ridge, args.ridge >= 0, "be at least 0"),
+        ("train_steps", args.train_steps, args.train_steps >= 0, "be at least 0"),
+        (
+            "limit",
+            args.limit,
+            args.limit is None or (args.evaluate and args.limit >= 1),
+            "be at least 1, with --evaluate",
+        ),
+        ("evaluate", True, not args.evaluate or args.task is not None, "have a --task to score on"),
+    ):
+        if not ok:
+            raise ValueError(f"--{name} is {value}, it must {needs}")
+
+
+def _check_against(args: argparse.Namespace, source: PairSource) -> None:
+    width = AutoConfig.from_pretrained(source.base).get_text_config().hidden_size
+    if args.r > width:
+        raise ValueError(f"--r is {args.r}, more than the hidden size {width}")
+    if source.is_adapter:
+        config = PeftConfig.from_pretrained(source.tuned)
+        positions = getattr(config, "positions", getattr(config, "steer_positions", "all"))
+        if positions != "all":
+            raise ValueError(f"--tuned: an adapter with positions={positions!r} is none that edits every token alike")
