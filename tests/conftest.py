@@ -38,3 +38,16 @@ def tiny_llama(tmp_path_factory) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bench_reference(tiny_llama, tmp_path_factory):
+    """Cells of the benchmark, their results of an uninterrupted run one at a time, and where these are."""
+    from bench_cells import some_cells
+
+    from peft_steer.bench.engine import make_engine, run_cells
+    from peft_steer.bench.store import Store
+
+    cells, store = some_cells(tiny_llama), Store(tmp_path_factory.mktemp("bench"))
+    with make_engine() as engine:
+        return cells, run_cells(cells, store, engine), store

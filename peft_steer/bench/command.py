@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from peft_steer.bench.contenders import contenders
-    from peft_steer.bench.engine import make_engine, run_cells
+    from peft_steer.bench.engine import EngineError, make_engine, run_cells
     from peft_steer.bench.parse import load_grid
     from peft_steer.bench.report import write_report
     from peft_steer.bench.stages import planned, run_grid
@@ -54,6 +54,9 @@ def main(argv: list[str]) -> int:
     try:
         with engine:
             outcome = run_grid(grid, entrants, lambda cells: run_cells(cells, store, engine))
+    except EngineError as error:
+        print(f"peft-steer bench: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where this run stopped.", file=sys.stderr)
         return 130

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 _POLL = 1.0  # seconds between two looks at cells that another runner has
 
 
+class EngineError(RuntimeError):
+    """No cell can be run: there are no workers, or they do not start."""
+
+
 class Engine(Protocol):
     """Workers that run cells. A context manager: leaving it ends the workers, with whatever they are doing."""
 
@@ -141,7 +145,5 @@ class _Run:
 
     def _say(self, cell: Cell, text: str) -> None:
         number = len(self.results) + (0 if text else len(self.locks))
-        print(
-            f"[{number}/{self.total}] {cell.name}, learning rate {cell.learning_rate:g}, seed {cell.seed}{text}",
-            flush=True,
-        )
+        trained = f", learning rate {cell.learning_rate:g}, seed {cell.seed}" if cell.config else ""
+        print(f"[{number}/{self.total}] {cell.task}, {cell.split}: {cell.name}{trained}{text}", flush=True)

@@ -85,7 +85,7 @@ class _Slot:
 
     def start(self, cell: Cell, store: Store) -> None:
         visible = self.devices[: max(1, math.ceil(cell.gpus), cell.processes)]
-        if self.process is None or visible != self._visible:
+        if self.process is None or not self.process.is_alive() or visible != self._visible:
             self.stop()
             self._visible = visible
             self._start_worker()
@@ -95,6 +95,8 @@ class _Slot:
     def take(self) -> tuple[Cell, dict[str, Any]]:
         cell, self.cell = self.cell, None
         try:
+            if not self.connection.poll():  # open still in a process that it started
+                raise EOFError
             result = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join()
@@ -153,7 +155,7 @@ def _print_to(path: Path) -> None:
 
 def _model(cell: Cell) -> tuple[str, str, str]:
     """What the base model of a cell is known by."""
-    return cell.source, cell.dtype, cell.model
+    return cell.source, cell.dtype, repr(cell.quantization)
 
 
 def _visible_gpus() -> list[str]:

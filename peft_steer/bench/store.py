@@ -85,7 +85,7 @@ class Store:
 
         What a killed holder left unfinished is removed.
         """
-        lock = FileLock(self.directory / "locks" / f"{cell.training_key}.lock")
+        lock = FileLock(self.directory / "locks" / f"{cell.training_key}.lock", thread_local=False)
         try:
             lock.acquire(blocking=False)
         except TimeoutError:
