@@ -1,1 +1,1 @@
-"""Tasks and a model for lm-evaluation-harness: each folder is one task (YAML, README, its data)."""
+"""Tasks and a model for lm-evaluation-harness. Each folder has tasks (YAML), a README, and what makes their data."""

@@ -16,6 +16,7 @@ COMMANDS = {
         "what fine-tuning changes in the hidden states, and what steering can follow",
     ),
     "distill": ("peft_steer.analysis.distill", "turn a fine-tuned model or an adapter into a steering adapter"),
+    "tasks": ("peft_steer.listing", "list the tasks that ship, with splits and licences, or show one"),
     "lm-eval": ("peft_steer.harness", "lm-evaluation-harness, knowing our adapters and tasks"),
 }
 _USAGE = "usage: peft-steer COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())

@@ -26,7 +26,10 @@ _HELD_OUT = "validation, of the training split"
 
 
 def load_task(
-    name: str, include_path: str | None = None, num_fewshot: int | None = None
+    name: str,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> tuple[ConfigurableTask, TaskManager]:
     """Loads one task by name: from `include_path`, from our `lm_eval_tasks`, or from lm-eval's own.
 
@@ -34,14 +37,17 @@ def load_task(
         name: The task's.
         include_path: A folder with more tasks, as lm-eval's flag.
         num_fewshot: Examples in each prompt, instead of the task's own number.
+        metadata: Parameters of the task's data, as lm-eval's `--metadata`: `{"max_depth": 6}`, `{"data_dir": "DIR"}`.
 
     Raises:
         ValueError: If no task has that name, if it is a group of tasks, or if it never has examples.
     """
     paths = [str(OUR_TASKS), *([include_path] if include_path else [])]
-    manager = TaskManager(include_path=paths, include_defaults=False)
+    manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
     if name not in manager.all_tasks:  # lm-eval's thousands of files are read only when they are needed
-        manager = TaskManager(include_path=paths)
+        manager = TaskManager(include_path=paths, metadata=metadata)
+    if name in manager.all_groups:
+        raise ValueError(f"task: {name!r} is a group; name one of its tasks, {manager.task_index[name].cfg['task']}")
     if name not in manager.all_subtasks:
         raise ValueError(f"task: {name!r} is not a single task known to lm-eval{suggest(name, manager.all_subtasks)}")
     task = manager.load(name)["tasks"][name]
@@ -116,7 +122,7 @@ def sft_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> da
         ValueError: If there is no such split, if it is the evaluated one, or if the task's type has no answer.
     """
     docs = docs_of(task, split, ("multiple_choice", "generate_until"))
-    return _columns(_pair(task, doc, **chat) for doc in docs)
+    return _columns(pair_of(task, doc, **chat) for doc in docs)
 
 
 def grpo_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> datasets.Dataset:
@@ -129,7 +135,7 @@ def grpo_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> d
     """
     docs = docs_of(task, split, ("generate_until",))
     rows = [
-        {"prompt": _pair(task, doc, **chat)[0], "solution": _solution(task, doc), "split": split, "doc_id": i}
+        {"prompt": pair_of(task, doc, **chat)[0], "solution": _solution(task, doc), "split": split, "doc_id": i}
         for i, doc in enumerate(docs)
     ]
     return datasets.Dataset.from_list(rows)
@@ -140,22 +146,25 @@ def dpo_dataset(task: ConfigurableTask, split: str = "train", seed: int = 0, **c
     `seed`.
 
     Raises:
-        ValueError: If there is no such split, if it is the evaluated one, or if the task is no multiple-choice task
-            whose choices follow one prompt.
+        ValueError: If there is no such split, if it is the evaluated one, or if the task has no choices that follow
+        one
+            prompt.
     """
-    docs = docs_of(task, split, ("multiple_choice",))
+    docs = docs_of(task, split, ("multiple_choice", "generate_until"))
+    if task.config.doc_to_choice is None:
+        raise ValueError(f"task {task.config.task!r} has no choices (`doc_to_choice`), so no wrong answer is known")
     if task.multiple_input:
         raise ValueError(f"task {task.config.task!r}: its choices are in the prompt, so no two answers compare")
     draw = random.Random(seed)
     rows = []
     for doc in docs:
-        prompt, chosen = _pair(task, doc, **chat)
+        prompt, chosen = pair_of(task, doc, **chat)
         choices, gold = task.doc_to_choice(doc), _gold(task, doc)
         wrong = [i for i, text in enumerate(choices) if text not in {choices[g] for g in gold}]
         if not wrong:
             raise ValueError(f"task {task.config.task!r}: {doc!r} has no wrong choice")
         rows.append(
-            {"prompt": prompt, "chosen": chosen, "rejected": _pair(task, doc, choice=draw.choice(wrong), **chat)[1]}
+            {"prompt": prompt, "chosen": chosen, "rejected": pair_of(task, doc, choice=draw.choice(wrong), **chat)[1]}
         )
     return datasets.Dataset.from_list(rows)
 
@@ -191,14 +200,14 @@ def _columns(pairs: Any) -> datasets.Dataset:
     return datasets.Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
 
 
-def _pair(
+def pair_of(
     task: ConfigurableTask,
     doc: dict,
     choice: int | None = None,
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
 ) -> tuple[Any, Any]:
-    """The prompt, and the answer to it: the right one, or the choice with the index `choice`."""
+    """A document's prompt, and the answer to it: the right one, or the choice with the index `choice`."""
     prefix = task.doc_to_prefix(doc)
     if apply_chat_template and prefix:
         raise ValueError(
@@ -215,7 +224,8 @@ def _pair(
             chat_template=_messages,
         )
     if task.config.output_type == "generate_until":
-        answer = f"{task.config.target_delimiter}{target_of(task, doc)}"
+        text = target_of(task, doc) if choice is None else task.doc_to_choice(doc)[choice]
+        answer = f"{task.config.target_delimiter}{text}"
     else:
         requests = task.construct_requests(doc, context, apply_chat_template=apply_chat_template)
         context, answer = requests[min(_gold(task, doc)) if choice is None else choice].arguments

@@ -77,9 +77,38 @@ def test_same_parameters_same_data():
     assert first["train"][0] == {"expression": "min(8,8,1,6,0)", "value": 0}
 
 
+def evaluate_brackets(expression: str) -> int:
+    """`[MAX 3 4 [MIN 2 9 ] ]`, by the evaluator of the other spelling."""
+    calls = re.sub(r"\[([A-Z]+) ", lambda m: f"{m[1].lower()}(", expression)
+    return evaluate(calls.replace(" ]", ")").replace(" ", ","))
+
+
+def test_the_original_spelling_and_lengths():
+    sizes = {"n_train": 80, "n_validation": 10, "n_test": 10}
+    deep = {"max_depth": 10, "max_args": 10, "min_symbols": 32, "max_symbols": 64, "brackets": True}
+    data = load(**{**SHORT, **sizes, **deep})
+    documents = [doc for split in data.values() for doc in split]
+    assert all(evaluate_brackets(doc["expression"]) == doc["value"] for doc in documents)
+    lengths = [len(doc["expression"].split()) for doc in documents]
+    assert (min(lengths), max(lengths)) == (32, 64)
+    assert max(depth(doc["expression"].replace("[", "(").replace("]", ")")) for doc in documents) > 4
+
+
+def test_long_range_lists_are_a_parameter_of_the_task():
+    sizes = {"n_train": 8, "n_validation": 1, "n_test": 1}
+    task, _ = load_task("steer_listops", metadata={"min_symbols": 500, "max_symbols": 2000, **sizes})
+    assert all(500 <= len(text.split()) <= 2000 for text in task.training_docs()["expression"])
+
+
+def test_the_data_of_version_1_stay_as_they_are():
+    task, _ = load_task("listops", metadata={"n_train": 400, "n_validation": 50, "n_test": 50})
+    assert task.training_docs()["expression"][-1] == "max(2,9,8,2,sm(sm(6,max(3,2),5),7,2,4,5))"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"min_symbols": 13}, "max_symbols >= 3 and >= min_symbols, got .*min_symbols=13, max_symbols=12"),
         ({"operators": ["max", "mean"]}, r"operators: \['mean'\] unknown"),
         ({"max_depth": 0}, "max_depth=0"),
         ({"max_args": 1}, "max_args=1"),

@@ -1,6 +1,7 @@
 """ListOps expressions (Nangia & Bowman 2018), generated: the same parameters always give the same data."""
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator
 
@@ -27,6 +28,8 @@ def load(
     n_validation: int,
     n_test: int,
     seed: int,
+    min_symbols: int = 3,
+    brackets: bool = False,
     **_: object,
 ) -> datasets.DatasetDict:
     """Builds the three splits. lm-eval passes the task's `metadata`, which `--metadata '{"max_depth": 3}'` overrides.
@@ -40,6 +43,9 @@ def load(
         operators: Some of `max`, `min`, `med`, `sm` (the sum modulo 10).
         n_train, n_validation, n_test: Expressions per split.
         seed: Of the generator.
+        min_symbols: Operators and digits in an expression, at least.
+        brackets: Whether to write `[MAX 3 4 [MIN 2 9 ] ]`, as the original does. The closing brackets are symbols too,
+            as in the lengths of the Long Range Arena.
 
     Returns:
         For each split the columns `expression` (such as `max(3,4,min(2,9))`) and `value` (0 to 9).
@@ -49,14 +55,16 @@ def load(
     """
     if unknown := set(operators) - set(OPERATORS):
         raise ValueError(f"operators: {sorted(unknown)} unknown, choose from {list(OPERATORS)}")
-    if not operators or max_depth < 1 or max_args < 2 or max_symbols < 3:
+    shortest = 4 if brackets else 3
+    if not operators or max_depth < 1 or max_args < 2 or max_symbols < max(shortest, min_symbols):
         raise ValueError(
-            "ListOps needs operators, max_depth >= 1, max_args >= 2 and max_symbols >= 3, "
-            f"got {operators=}, {max_depth=}, {max_args=}, {max_symbols=}"
+            f"ListOps needs operators, max_depth >= 1, max_args >= 2 and max_symbols >= {shortest} and >= "
+            f"min_symbols, "
+            f"got {operators=}, {max_depth=}, {max_args=}, {min_symbols=}, {max_symbols=}"
         )
     wanted = dict(zip(SPLITS, (n_train, n_validation, n_test), strict=True))
     found: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-    expressions = _expressions(random.Random(seed), operators, max_depth, max_args, max_symbols)
+    expressions = _expressions(random.Random(seed), operators, max_depth, max_args, min_symbols, max_symbols, brackets)
     misses = 0
     while any(len(found[split]) < wanted[split] for split in SPLITS):
         expression, value = next(expressions)
@@ -70,7 +78,7 @@ def load(
             counts = {split: len(found[split]) for split in SPLITS}
             raise ValueError(
                 f"ListOps: wanted {wanted} different expressions, found {counts} with {operators=}, {max_depth=}, "
-                f"{max_args=}, {max_symbols=}. Ask for fewer, or for longer ones."
+                f"{max_args=}, {min_symbols=}, {max_symbols=}. Ask for fewer, or for longer ones."
             )
     return datasets.DatasetDict(
         {
@@ -86,25 +94,46 @@ def _split(expression: str) -> str:
 
 
 def _expressions(
-    rng: random.Random, operators: list[str], max_depth: int, max_args: int, max_symbols: int
+    rng: random.Random,
+    operators: list[str],
+    max_depth: int,
+    max_args: int,
+    min_symbols: int,
+    max_symbols: int,
+    brackets: bool,
 ) -> Iterator[tuple[str, int]]:
+    # Deep trees with many arguments grow to any size, so one that is too long is left unfinished. Not so without
+    # brackets: the data of version 1.0 were drawn from complete ones.
+    limit = max_symbols if brackets else math.inf
     while True:
-        expression, value, symbols = _tree(rng, operators, max_depth, max_args)
-        if symbols <= max_symbols:  # always so in the end: two arguments make three symbols
+        try:
+            expression, value, symbols = _tree(rng, operators, max_depth, max_args, brackets, limit)
+        except _TooLongError:
+            continue
+        if min_symbols <= symbols <= max_symbols:  # always so in the end
             yield expression, value
 
 
-def _tree(rng: random.Random, operators: list[str], depth: int, max_args: int) -> tuple[str, int, int]:
+class _TooLongError(Exception):
+    pass
+
+
+def _tree(
+    rng: random.Random, operators: list[str], depth: int, max_args: int, brackets: bool, limit: float
+) -> tuple[str, int, int]:
     """One operator and its arguments, each of them an operator with the original's probability, 1/4."""
     name = rng.choice(operators)
-    texts, values, symbols = [], [], 1
+    texts, values, symbols = [], [], 2 if brackets else 1
     for _ in range(rng.randint(2, max_args)):
         if depth > 1 and rng.random() < 0.25:
-            text, value, size = _tree(rng, operators, depth - 1, max_args)
+            text, value, size = _tree(rng, operators, depth - 1, max_args, brackets, limit)
         else:
             value, size = rng.randrange(10), 1
             text = str(value)
         texts.append(text)
         values.append(value)
         symbols += size
-    return f"{name}({','.join(texts)})", OPERATORS[name](values), symbols
+        if symbols > limit:
+            raise _TooLongError
+    text = f"[{name.upper()} {' '.join(texts)} ]" if brackets else f"{name}({','.join(texts)})"
+    return text, OPERATORS[name](values), symbols
