@@ -182,7 +182,7 @@ def test_dry_run(tiny_llama, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "4 runs: 2 to choose on validation, 2 after it." in printed
     rows = [[text.strip() for text in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
-    assert [(row[2], row[3], row[5]) for row in rows[2:]] == [
+    assert [(row[0], row[1], row[3]) for row in rows[2:]] == [
         ("LoRA", "0.1", "validation"),
         ("LoRA", "0.2", "validation"),
         ("base", "–", "test"),

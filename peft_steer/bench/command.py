@@ -125,8 +125,10 @@ def _preview(cells: list[Any], entrants: list["Contender"], tasks: dict[str, Any
         )
     frame = pd.DataFrame(rows)
     total = frame["minutes"].sum()
+    frame = frame.drop(columns=[name for name in ("model", "task") if frame[name].nunique() == 1])
+    formats = [{"minutes": ".1f", "GB": ".2f"}.get(name, "") for name in frame.columns]
     return (
-        f"{frame.to_markdown(index=False, floatfmt=('',) * 7 + ('.1f', '.2f', ''))}\n\n"
+        f"{frame.to_markdown(index=False, floatfmt=formats)}\n\n"
         f"About {total:.0f} minutes on this machine, if its processors are free (half or twice as much is as likely), "
         f"and {frame['GB'].max():.2f} GB at a time for weights, gradients and optimizer; what is kept for backward "
         "comes on top. What runs after the sweep stands for the choices, which are not known yet."

@@ -9,13 +9,18 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 
 FULL = "full"  # the `peft_type` of full fine-tuning: every parameter, in the model's dtype
 VERSION = 2  # of the cells' keys and of the results' format
-_NAMES_AND_RESOURCES = ("name", "source", "gpus", "processes")  # do not decide a cell's result
-_EVALUATION = ("split", "limit", "eval_batch_size")
+_NAMES_AND_RESOURCES = ("name", "source", "forgetting", "gpus", "processes")  # do not decide a cell's result
+_EVALUATION = ("split", "limit", "eval_batch_size", "forgetting_hash")
+
+
+def _hash_of(path: str | None) -> str | None:
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Cell:
         config: As in `Method`.
         train: Fields of TRL's `SFTConfig`; empty for the untrained base.
         forgetting: A text file on which the loss is measured before and after the training; None for none.
+        forgetting_hash: Of its content.
     """
 
     name: str
@@ -105,6 +111,7 @@ class Cell:
     seed: int
     train: dict[str, Any]
     forgetting: str | None = None
+    forgetting_hash: str | None = None
     gpus: float = 0
     processes: int = 1
 
@@ -116,7 +123,7 @@ class Cell:
     @property
     def training_key(self) -> str:
         """A hash that names the trained adapter, which several evaluations may share."""
-        return self._hash((*_NAMES_AND_RESOURCES, *_EVALUATION, "forgetting"))
+        return self._hash((*_NAMES_AND_RESOURCES, *_EVALUATION))
 
     def _hash(self, without: tuple[str, ...]) -> str:
         defining = {k: v for k, v in asdict(self).items() if k not in without}
@@ -200,6 +207,7 @@ class Grid:
             seed=seed if config else 0,
             train={**self.train, **task.train, **method.train} if config else {},
             forgetting=self.forgetting,
+            forgetting_hash=_hash_of(self.forgetting),
             gpus=model.gpus,
             processes=model.processes if config else 1,
         )
