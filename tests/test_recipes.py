@@ -16,9 +16,9 @@ GRIDS = sorted((Path(__file__).parents[1] / "recipes" / "bench").glob("*.yaml"))
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_shipped_grids(path):
     grid = load_grid(path)
-    known = TaskManager(include_path=str(OUR_TASKS), include_defaults=path.stem == "metamathqa_3b").all_tasks
+    known = TaskManager(include_path=str(OUR_TASKS), include_defaults=False).all_tasks
     assert {task.name for task in grid.tasks} <= set(known)
-    assert len(grid.methods) >= 5
+    assert len(grid.methods) >= 4
 
 
 def test_the_part_that_was_run_is_a_part():
@@ -38,6 +38,7 @@ def test_the_demo_compares_what_it_says():
     assert {**quickstart.train, "max_steps": None} == {**rates.train, "max_steps": None}
     # Every rate of the demo was chosen in the sweep, for the same method.
     swept = {method.name: method for method in rates.methods}
-    for method in quickstart.methods[1:]:
+    not_swept = ("base", "LoFiT", "JoLA")
+    for method in (method for method in quickstart.methods if method.name not in not_swept):
         assert method.config == swept[method.name].config
         assert set(method.learning_rates) <= set(swept[method.name].learning_rates)
