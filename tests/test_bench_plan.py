@@ -79,6 +79,7 @@ def test_a_cells_key_is_what_defines_its_result(tiny_llama, tmp_path):
     text.write_text("words")
     evaluation = [{"limit": 41}, {"split": "validation"}, {"eval_batch_size": 3}, {"forgetting": "text.txt"}]
     training = [{"dtype": "bfloat16"}, {"train": {"max_steps": 4}}, {"seeds": [1]}]
+    training += [{"task": {"name": "listops_short", "metadata": {"seed": 1}}}]
     training += [{"quantization": {"load_in_4bit": True}}]
     training += [{"methods": [{**LORA, field: value}]} for field, value in (("r", 3), ("learning_rate", 0.02))]
     changed = [first(**change) for change in (*evaluation, *training)]

@@ -65,7 +65,7 @@ class Runner:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own and TRL's code
         base, tokenizer = self._base(cell)
-        task, _ = tasks.load_task(cell.task)
+        task, _ = tasks.load_task(cell.task, metadata=cell.metadata)
         tasks.complete_splits(task)
         tasks.evaluate_on(task, cell.split)
         full = cell.config.get("peft_type") == FULL

@@ -88,7 +88,7 @@ def _tasks(grid: "Grid") -> dict[str, Any]:
 
     loaded = {}
     for entry in grid.tasks:
-        loaded[entry.name], _ = load_task(entry.name)
+        loaded[entry.name], _ = load_task(entry.name, metadata=entry.metadata)
         if remark := complete_splits(loaded[entry.name]):
             print(remark)
         evaluate_on(loaded[entry.name], grid.split)

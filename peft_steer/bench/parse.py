@@ -141,12 +141,13 @@ def _model(where: str, raw: Any, grid: dict) -> Model:
 
 def _task(where: str, raw: Any, grid: dict) -> Task:
     raw = dict(raw) if isinstance(raw, dict) else {"name": raw}
-    _check_keys(where, raw, ("name", "limit", "train"))
+    _check_keys(where, raw, ("name", "limit", "train", "metadata"))
     limit = raw.get("limit", grid.get("limit"))
     return Task(
         name=_typed(f"{where}: name", raw.get("name"), str),
         limit=None if limit is None else _positive("limit", limit),
         train=_train(f"{where}: train", raw.get("train", {})),
+        metadata=_typed(f"{where}: metadata", raw.get("metadata", {}), dict),
     )
 
 

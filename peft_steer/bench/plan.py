@@ -46,11 +46,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """A task of lm-eval with a training split; `limit` documents of it are evaluated, None for all."""
+    """A task of lm-eval with a training split.
+
+    Attributes:
+        limit: Documents to evaluate, None for all.
+        train: Overrides of the grid's `train` for this task.
+        metadata: Parameters of its data, as lm-eval's `--metadata`.
+    """
 
     name: str
     limit: int | None = None
     train: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class Cell:
         limit: Documents to evaluate, None for all.
         config: As in `Method`.
         train: Fields of TRL's `SFTConfig`; empty for the untrained base.
+        metadata: As in `Task`.
         forgetting: A text file on which the loss is measured before and after the training; None for none.
         forgetting_hash: Of its content.
     """
@@ -110,6 +118,7 @@ class Cell:
     learning_rate: float
     seed: int
     train: dict[str, Any]
+    metadata: dict[str, Any] = field(default_factory=dict)
     forgetting: str | None = None
     forgetting_hash: str | None = None
     gpus: float = 0
@@ -206,6 +215,7 @@ class Grid:
             learning_rate=rate,
             seed=seed if config else 0,
             train={**self.train, **task.train, **method.train} if config else {},
+            metadata=task.metadata,
             forgetting=self.forgetting,
             forgetting_hash=_hash_of(self.forgetting),
             gpus=model.gpus,
