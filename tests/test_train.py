@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import lm_eval
+import paper_data
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -194,6 +195,15 @@ def test_gsm8k_with_the_papers_rewards(run, tmp_path, tiny_llama):
     right = [[{"role": "assistant", "content": f"So \\boxed{{{i + 1}}}"}] for i in range(8)]
     assert accuracy_reward(right, list(data["solution"])) == [1.0] * 8
     assert accuracy_reward(right[1:], list(data["solution"])[:-1]) == [0.0] * 7
+
+
+@pytest.mark.parametrize("command", [sft, dpo])
+def test_a_task_of_the_paper(command, run, tmp_path, capsys):
+    metadata = {"data_dir": str(paper_data.write(tmp_path / "data"))}
+    run(command, **STEER, task="steer_boolq", include_path=None, metadata=metadata)
+    words = shlex.split(capsys.readouterr().out.split("To evaluate it:\n")[1])
+    assert words[words.index("--tasks") + 1] == "steer_boolq"
+    assert json.loads(words[words.index("--metadata") + 1]) == metadata
 
 
 def test_chat_messages(run, tiny_llama, tmp_path):

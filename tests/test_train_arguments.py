@@ -67,6 +67,12 @@ def test_the_command_line_wins_over_the_recipe(recipe):
     assert arguments.peft_config.scale == 0.5
 
 
+def test_the_parameters_of_a_task(recipe):
+    assert parsed(*recipe(metadata={"max_depth": 1})).task.metadata == {"max_depth": 1}
+    changed = parsed(*recipe(metadata={"max_depth": 1}), "--metadata", '{"max_depth": 3}')
+    assert changed.task.metadata == {"max_depth": 3}
+
+
 def test_any_peft_config_with_its_own_defaults(recipe):
     # TRL has flags of the same names, with other defaults.
     for flag in ("--lora_alpha", "--lora-alpha"):
@@ -101,6 +107,9 @@ def test_without_a_peft_type_trl_decides(recipe):
         ({"peft_type": "STEER", "steer_learning_rate": 1e-3}, [], "only a joint adapter"),
         ({"peft_type": "STEER", "adapter_name_or_path": "x"}, [], "adapter_name_or_path: .* remove `peft_type`"),
         ({"task": None, "num_fewshot": 2}, [], "num_fewshot: is about a task"),
+        ({"task": None, "metadata": {"max_depth": 1}}, [], "metadata: is about a task"),
+        ({}, ["--metadata", "{max_depth: 1}"], r"metadata: '\{max_depth: 1\}' is no JSON:"),
+        ({"metadata": [1]}, [], r"metadata: \[1\] is no JSON object"),
         ({"task": None}, [], "nothing to train on"),
         ({"dataset_name": "x"}, [], "dataset_name: `task` is the data"),
         ({"dataset_train_split": "validation"}, [], "dataset_train_split: `task` is the data"),
@@ -154,7 +163,8 @@ def test_a_recipe_that_is_none(tmp_path):
             "generation_batch_size (3) must be divisible by num_generations (8)",
         ),
         (grpo, {"task": "list_max_min", "use_vllm": True}, "its rollouts would be the base's"),
-        (dpo, {"task": "list_max_min"}, "only of 'multiple_choice'"),
+        (dpo, {"task": "list_max_min"}, "task 'list_max_min' has no choices"),
+        (sft, {"metadata": {"max_depth": 0}}, "max_depth=0"),
     ],
 )
 def test_refused_before_a_model_is_loaded(command, keys, message, recipe, tiny_llama, monkeypatch, capsys):

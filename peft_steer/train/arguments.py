@@ -5,6 +5,7 @@ The fields of the config that `peft_type` names are flags of their own (`--r 4 -
 
 import argparse
 import dataclasses
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ class TaskArguments:
             A folder with more lm-eval tasks.
         num_fewshot (`int`, *optional*):
             Examples in a prompt, instead of the task's own number.
+        metadata (`dict`, *optional*):
+            Parameters of the task's data, as lm-eval's `--metadata` (JSON on the command line).
         apply_chat_template (`bool`):
             Whether the task's prompts are chat messages.
         system_instruction (`str`, *optional*):
@@ -53,6 +56,9 @@ class TaskArguments:
     task: str | None = field(default=None, metadata={"help": "lm-eval task: the training data, and GRPO's reward."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with more lm-eval tasks."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in a prompt (default: the task's)."})
+    metadata: str | None = field(
+        default=None, metadata={"help": "Parameters of the task's data, as lm-eval's: '{\"max_depth\": 6}'."}
+    )
     apply_chat_template: bool = field(default=False, metadata={"help": "Make the task's prompts chat messages."})
     system_instruction: str | None = field(default=None, metadata={"help": "System message of the task's prompts."})
     reward_metric: str | None = field(
@@ -62,6 +68,15 @@ class TaskArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without an improvement before the training stops."}
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.metadata, str):
+            try:
+                self.metadata = json.loads(self.metadata)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"metadata: {self.metadata!r} is no JSON: {error}") from error
+        if not isinstance(self.metadata, (dict, type(None))):
+            raise ValueError(f"metadata: {self.metadata!r} is no JSON object")
 
     @property
     def chat(self) -> dict[str, Any]:
@@ -223,7 +238,7 @@ def _check(script: Any, mixture: DatasetMixtureConfig, task: TaskArguments, peft
     if task.task is None:
         _refuse(
             task,
-            ("include_path", "num_fewshot", *TASK_PROMPT, "reward_metric"),
+            ("include_path", "num_fewshot", "metadata", *TASK_PROMPT, "reward_metric"),
             "is about a task; name one with `task`",
         )
         if not (script.dataset_name or mixture.datasets):

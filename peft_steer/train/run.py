@@ -1,5 +1,6 @@
 """What the three training commands share: from checked arguments to a saved adapter."""
 
+import json
 import logging
 import shlex
 import sys
@@ -109,11 +110,11 @@ def _base_of(adapter: str, base: str | None) -> str:
 
 
 def _task(arguments: Arguments) -> Any:
-    name = arguments.task.task
-    if name is None:
+    task = arguments.task
+    if task.task is None:
         return None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
-    return tasks.load_task(name, arguments.task.include_path, arguments.task.num_fewshot)[0]
+    return tasks.load_task(task.task, task.include_path, task.num_fewshot, task.metadata)[0]
 
 
 def task_datasets(arguments: Arguments, make: Callable[..., datasets.Dataset]) -> dict[str, datasets.Dataset | None]:
@@ -255,4 +256,5 @@ def evaluation(arguments: Arguments, source: Source) -> str:
     for name in ("include_path", "num_fewshot", "system_instruction"):
         value = getattr(task, name)
         words += [] if value is None else [f"--{name}", str(value)]
+    words += [] if task.metadata is None else ["--metadata", json.dumps(task.metadata)]
     return shlex.join(words + (["--apply_chat_template"] if task.apply_chat_template else []))
