@@ -8,12 +8,18 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint peft-suite clean
+.PHONY: demo test lint peft-suite browser clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# For the tests of the HTML report, which are skipped without it. Debian's, where we may install it.
+browser:
+	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	fi
 
 # PEFT's own tests with our configurations; ARGS="--method joint" for the joint ones in LoRA's place.
 peft-suite: $(READY)

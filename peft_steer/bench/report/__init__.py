@@ -1,0 +1,46 @@
+"""The report of a comparison: Markdown, CSV, a figure, and an HTML page that needs no connection."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from peft_steer.bench.plan import Cell, Grid
+from peft_steer.bench.report.frame import cell_frame, groups
+from peft_steer.bench.report.html import page
+from peft_steer.bench.report.markdown import markdown
+from peft_steer.bench.report.picture import picture
+
+
+def write_report(
+    grid: Grid, cells: Sequence[Cell], results: Sequence[dict[str, Any]], directory: Path, remarks: Sequence[str] = ()
+) -> str:
+    """Writes `table.md`, `figure.png`, `report.html`, `results.csv` (a row a cell) and `comparisons.csv` (a row a
+    pair).
+
+    Args:
+        grid: Printed at the end of the page.
+        cells, results: In the same order.
+        directory: For the files; made if it is not there.
+        remarks: Lines about the choices that were made.
+
+    Returns:
+        The Markdown.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    frame = cell_frame(cells, results)
+    frame.to_csv(directory / "results.csv", index=False)
+    compared = groups(cells, results)
+    pairs = [
+        {"model": group.model, "precision": group.precision, "task": group.task, "split": group.split, **line}
+        for group in compared
+        for line in (vars(pair) | {"tie": pair.tie} for pair in group.comparisons)
+    ]
+    if pairs:
+        pd.DataFrame(pairs).to_csv(directory / "comparisons.csv", index=False)
+    text = markdown(compared, frame, list(remarks))
+    (directory / "table.md").write_text(text, encoding="utf-8")
+    picture(compared).savefig(directory / "figure.png", dpi=150)
+    (directory / "report.html").write_text(page(grid, compared, frame, list(remarks)), encoding="utf-8")
+    return text

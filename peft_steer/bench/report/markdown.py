@@ -1,0 +1,82 @@
+"""The report as Markdown: the contenders of every model and task, the sweep that chose their rates, what failed."""
+
+import math
+
+import pandas as pd
+
+from peft_steer.bench.report.frame import Group
+from peft_steer.bench.report.table import main_table, sweep_table
+
+
+TEXT_COLUMNS = ("method", "against the best", "ties", "variant")
+
+
+def markdown(groups: list[Group], frame: pd.DataFrame, remarks: list[str]) -> str:
+    """The whole report."""
+    parts = []
+    for group in groups:
+        parts.append(f"## {group.title}" if len(groups) > 1 else f"{group.title}.")
+        parts += [_main(group), *notes(group)]
+        if group.split == "test" and len(group.sweep):
+            parts += [f"Chosen on the validation split ({group.metric}):", _aligned(sweep_table(group))]
+    if lines := failures(frame):
+        parts += ["Failed:", "\n".join(f"- {line}" for line in lines)]
+    if remarks:
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
+    return "\n\n".join([*parts, *environments(frame)]) + "\n"
+
+
+def notes(group: Group) -> list[str]:
+    """What the numbers of a group's table are, in whole sentences."""
+    if not group.done:
+        return []
+    several = [row for row in group.done if len(row.scores.values) > 1]
+    alone = [row.label for row in group.done if len(row.scores.values) == 1 and row.losses]
+    over = "test items (Wilson's)"
+    if several:
+        over = "test items and training seeds (Student's t; for a single training over test items alone, Wilson's)"
+    text = [f"The standard error and the 95 % interval are over {over}."]
+    if group.split == "validation":
+        text = ["These are validation scores: a rate chosen by them has no result yet.", *text]
+    if tested := [c.test for c in group.comparisons if not math.isnan(c.p)]:
+        what = f"each of the {len(tested)} pairs is" if len(tested) > 1 else "the pair is"
+        text.append(
+            f"Methods are compared on the same items: {what} tested ({' or '.join(sorted(set(tested)))}), p after "
+            "Holm's correction. Methods that share a letter are a tie."
+        )
+    if alone and several:
+        text.append(f"Of {', '.join(alone)} one training alone is known: the luck of its seed is not counted.")
+    elif alone:
+        text.append("All this holds for these trainings: with one seed it is not known how much others would differ.")
+    return [" ".join(text), *(c.test for c in group.comparisons if math.isnan(c.p))]
+
+
+def failures(frame: pd.DataFrame) -> list[str]:
+    """A line for every cell that failed."""
+    several = len(frame[["model", "task"]].drop_duplicates()) > 1
+    lines = []
+    for row in frame[frame["status"] == "failed"].itertuples():
+        where = f"{row.model}, {row.task}, {row.method}" if several else row.method
+        rate = "" if pd.isna(row.learning_rate) else f"learning rate {row.learning_rate:g}, "
+        lines.append(f"{where}: {row.error} ({rate}seed {row.seed}, {row.split})")
+    return lines
+
+
+def environments(frame: pd.DataFrame) -> list[str]:
+    """A line for every set of versions and devices that cells ran with."""
+    if "device" not in frame:
+        return []
+    names = list(frame.columns[frame.columns.get_loc("device") : frame.columns.get_loc("key")])
+    known = frame[frame["device"].notna()][names].drop_duplicates()
+    return [", ".join(f"{name} {value}" for name, value in line.items()) for line in known.to_dict("records")]
+
+
+def _main(group: Group) -> str:
+    table = main_table(group)
+    return _aligned(table.map(lambda entry: entry[0]))
+
+
+def _aligned(table: pd.DataFrame) -> str:
+    escaped = table.map(lambda text: text.replace("|", r"\|"))
+    align = ["left" if name in TEXT_COLUMNS or "±" in name or "rate:" in name else "right" for name in table.columns]
+    return escaped.to_markdown(index=False, disable_numparse=True, colalign=align)

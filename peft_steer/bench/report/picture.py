@@ -1,0 +1,43 @@
+"""The figure for a README: score against trainable parameters, one panel for every model and task."""
+
+import math
+import textwrap
+from itertools import cycle
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from peft_steer.bench.report.frame import Group
+
+
+def picture(groups: list[Group]) -> Figure:
+    """Means with their standard errors; an untrained base is the dashed line."""
+    n_columns = min(2, len(groups))
+    n_rows = math.ceil(len(groups) / n_columns)
+    figure = Figure(figsize=(9 * n_columns, 4.5 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axes, group in zip(panels, groups, strict=False):
+        _panel(axes, group)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _panel(axes: Axes, group: Group) -> None:
+    ranked = sorted(group.done, key=lambda row: -row.summary.mean)
+    for row, marker in zip(ranked, cycle("osD^vPX<>*hpd")):
+        mean, stderr, trainable = row.summary.mean, row.summary.stderr, row.costs["trainable"]
+        label = f"{row.label} ({mean:.3f})".replace("$", r"\$")
+        if trainable == 0:
+            axes.axhline(mean, color="0.4", linestyle="--", label=label)
+            axes.axhspan(mean - stderr, mean + stderr, color="0.4", alpha=0.15, linewidth=0)
+        else:
+            axes.errorbar(trainable, mean, yerr=stderr, fmt=marker, markersize=8, capsize=4, label=label)
+    if any(row.costs["trainable"] > 0 for row in ranked):
+        axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters")
+    axes.set_ylabel(f"{group.metric} ± standard error")
+    axes.set_title(textwrap.fill(group.title, 90), fontsize="small")
+    axes.grid(alpha=0.3)
+    if ranked:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
