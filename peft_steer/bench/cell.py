@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import platform
 import statistics
 import tempfile
 import time
 import warnings
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from trl import SFTConfig, SFTTrainer
 from lm_eval_tasks.model import PeftSteerLM
 from peft_steer import tasks
 from peft_steer.bench.forgetting import text_loss
-from peft_steer.bench.memory import peak_bytes, reset_peak
+from peft_steer.bench.memory import ReservedMemory, peak_bytes, reset_peak
 from peft_steer.bench.plan import FULL, Cell
 from peft_steer.bench.store import read_training, save_training
 from peft_steer.cost import saved_bytes
@@ -64,13 +66,14 @@ class Runner:
         transformers.logging.set_verbosity_error()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own and TRL's code
+        created_at, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
         base, tokenizer = self._base(cell)
         task, _ = tasks.load_task(cell.task, metadata=cell.metadata)
         tasks.complete_splits(task)
         tasks.evaluate_on(task, cell.split)
         full = cell.config.get("peft_type") == FULL
-        names = ("train_seconds", "train_tokens", "peak_bytes", "saved_bytes", "adapter_bytes", "decode_ratio", "loss")
-        costs = dict.fromkeys((*names, "forgetting"))
+        names = ("train_seconds", "train_tokens", "train_samples", "peak_bytes", "reserved_bytes", "saved_bytes")
+        costs = dict.fromkeys((*names, "adapter_bytes", "decode_ratio", "loss", "forgetting"))
         costs |= {"trainable": 0, "parameters": base.num_parameters()}
         before = text_loss(base, tokenizer, cell.forgetting) if cell.forgetting and cell.config else None
         transformers.set_seed(cell.seed)
@@ -81,6 +84,7 @@ class Runner:
                 model, trained = _train(cell, model, tokenizer, task, adapter_dir)
             else:
                 model = PeftModel.from_pretrained(model, adapter_dir)
+                start -= trained["train_seconds"]  # it took that time too, in another cell
             costs |= trained
         if before is not None:
             costs["forgetting"] = {"before": before, "after": text_loss(model, tokenizer, cell.forgetting)}
@@ -89,6 +93,7 @@ class Runner:
         scores = _evaluate(cell, model, tokenizer, task)
         if full or self._sums != _sums(base):  # some PEFT initializations write into the base
             self._loaded = ()
+        costs |= {"created_at": created_at, "total_seconds": time.perf_counter() - start}
         return {**costs, **scores, "environment": _environment(base.device)}
 
     def _base(self, cell: Cell) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -138,6 +143,8 @@ def _train(
             processing_class=tokenizer,
             peft_config=None if full else get_peft_config(dict(cell.config)),
         )
+        reserved = ReservedMemory()
+        trainer.add_callback(reserved)
         reset_peak()
         start = time.perf_counter()
         trainer.train()
@@ -146,7 +153,9 @@ def _train(
     costs = {
         "train_seconds": seconds,
         "train_tokens": next(e["num_tokens"] for e in reversed(trainer.state.log_history) if "num_tokens" in e),
+        "train_samples": _samples(trainer),
         "peak_bytes": peak_bytes(),
+        "reserved_bytes": reserved.summary(),
         "loss": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
     }
     n_rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
@@ -165,6 +174,14 @@ def _train(
 
     save_training(adapter_dir, save, costs)
     return trained, costs
+
+
+def _samples(trainer: SFTTrainer) -> int:
+    """The rows that were trained on, those seen again counted again. An epoch's last batch may be smaller."""
+    args, n_rows = trainer.args, len(trainer.train_dataset)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    epochs, steps = divmod(trainer.state.global_step, math.ceil(n_rows / batch))
+    return epochs * n_rows + min(steps * batch, n_rows)
 
 
 def _evaluate(cell: Cell, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Any) -> dict[str, Any]:
@@ -200,7 +217,7 @@ def _decode_ratio(base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrain
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    libraries = (torch, transformers, peft, trl, lm_eval)
+    libraries = (torch, transformers, datasets, peft, trl, lm_eval)
     versions = {library.__name__: library.__version__ for library in libraries}
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu

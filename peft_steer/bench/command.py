@@ -22,11 +22,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: 1; with Ray, all that fit)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine or a Ray cluster")
     parser.add_argument("--address", help="of the Ray cluster (default: RAY_ADDRESS, else a new one on this machine)")
+    parser.add_argument(
+        "--export-peft",
+        type=Path,
+        metavar="DIR",
+        help="also write what PEFT's method comparison reads: results, experiments",
+    )
     args = parser.parse_args(argv)
 
     from peft_steer.bench.contenders import contenders
     from peft_steer.bench.engine import EngineError, make_engine, run_cells
     from peft_steer.bench.parse import load_grid
+    from peft_steer.bench.peft_schema import export_peft
     from peft_steer.bench.report import write_report
     from peft_steer.bench.stages import planned, run_grid
     from peft_steer.bench.store import Store
@@ -60,10 +67,11 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where this run stopped.", file=sys.stderr)
         return 130
-    print(f"\n{write_report(grid, outcome.cells, outcome.results, directory)}")
-    for line in outcome.remarks:
-        print(f"- {line}")
-    print(f"Tables, figures and adapters: {directory}.")
+    print(f"\n{write_report(grid, outcome.cells, outcome.results, directory, outcome.remarks)}")
+    print(f"Tables, figures and adapters: {directory}. The page to look at: {directory / 'report.html'}")
+    if args.export_peft:
+        for line in export_peft(outcome.cells, outcome.results, args.export_peft):
+            print(line)
     failed = sum(result["status"] == "failed" for result in outcome.results)
     if failed:
         print(f"{failed} of {len(outcome.cells)} runs failed; the same command tries them again.", file=sys.stderr)

@@ -104,7 +104,7 @@ def _against(row: Row, best: str | None) -> Cell:
     comparison = row.against_best
     if math.isnan(comparison.p):
         return "not compared", -math.inf
-    gap = -abs(comparison.difference)
+    gap = 0.0 - abs(comparison.difference)  # not −0.0
     p = "p < 0.001" if comparison.p_holm < 0.001 else f"p = {comparison.p_holm:.3f}"
     return (f"tie ({gap:+.3f}, {p})" if comparison.tie else f"{gap:+.3f} ({p})").replace("-", "−", 1), gap
 
