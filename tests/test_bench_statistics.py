@@ -101,6 +101,7 @@ def test_items_are_matched_by_id():
     straight = compare(scores("a", first, ids), scores("b", second, ids))
     shuffled = compare(scores("a", first, ids), scores("b", second[order], [ids[i] for i in order]))
     assert vars(straight) == pytest.approx(vars(shuffled), nan_ok=True)
+    assert straight.difference == pytest.approx(first.mean() - second.mean())
     assert straight.p != pytest.approx(compare(scores("a", first), scores("b", second[order])).p)
 
 

@@ -27,7 +27,7 @@ def _panel(axes: Axes, group: Group) -> None:
     ranked = sorted(group.done, key=lambda row: -row.summary.mean)
     for row, marker in zip(ranked, cycle("osD^vPX<>*hpd")):
         mean, stderr, trainable = row.summary.mean, row.summary.stderr, row.costs["trainable"]
-        label = f"{row.label} ({mean:.3f})".replace("$", r"\$")
+        label = f"{textwrap.shorten(row.label, 40)} ({mean:.3f})".replace("$", r"\$")
         if trainable == 0:
             axes.axhline(mean, color="0.4", linestyle="--", label=label)
             axes.axhspan(mean - stderr, mean + stderr, color="0.4", alpha=0.15, linewidth=0)
