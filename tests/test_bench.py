@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from grids import BASE, FULL, JOLA, LOFIT, LORA, STEER, cells_of, write_grid
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -97,14 +98,37 @@ def test_what_is_measured(finished, tiny_llama):
     assert (folder / "figure.png").stat().st_size > 10_000
 
 
-def test_a_rerun_repeats_only_what_failed(finished, capsys):
+def test_the_report_of_a_run(finished):
+    _, folder, _ = finished
+    found = results(folder)
+    done = [name for name, result in found.items() if result["status"] == "done"]
+    pairs = pd.read_csv(folder / "comparisons.csv").set_index(["first", "second"])
+    assert {name for pair in pairs.index for name in pair} == set(done)
+    assert len(pairs) == len(done) * (len(done) - 1) / 2
+    gap = found["base"]["score"] - found["LoRA"]["score"]
+    assert pairs.loc[("base", "LoRA"), "difference"] == pytest.approx(gap)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(f">{name}</td>" in page for name in found)
+
+
+def test_a_rerun_repeats_only_what_failed(finished, capsys, tmp_path):
     code, folder, grid = finished
     before = {path: (path.stat().st_mtime_ns, path.read_text()) for path in (folder / "cells").iterdir()}
-    assert main([str(grid), "--output", str(folder)]) == code == 1
+    assert main([str(grid), "--output", str(folder), "--export-peft", str(tmp_path)]) == code == 1
     printed = capsys.readouterr().out
     assert printed.count("finished before") == 6
     for path, (mtime, text) in before.items():
         assert (path.stat().st_mtime_ns == mtime) == ('"status": "done"' in text)
+    (lora,) = (tmp_path / "listops_short" / "results").glob("lora--*-LoRA-lr_0.01.json")
+    exported = json.loads(lora.read_text())
+    train, final = exported["train_info"], exported["train_info"]["metrics"][-1]
+    if not torch.cuda.is_available():
+        assert train["accelerator_memory_max"] == train["accelerator_memory_reserved_avg"] == 0
+    assert (final["train samples"], final["train total tokens"]) == (12, results(folder)["LoRA"]["train_tokens"])
+    assert exported["run_info"]["total_time"] > train["train_time"] > 0
+    assert exported["run_info"]["created_at"].endswith("+00:00")
+    # Three steps with a linear schedule and no warm-up: PEFT's benchmark has no such schedule.
+    assert "LoRA-lr_0.01: no experiment for PEFT's benchmark: its lr_scheduler_type is cosine or constant" in printed
 
 
 def test_killed_half_way(tiny_llama, tmp_path):
