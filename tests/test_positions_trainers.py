@@ -218,11 +218,12 @@ def test_loglikelihoods(adapter, spec):
         assert found[0] != found[2]
 
 
-def test_batch_sizes_that_are_detected(adapter):
+@pytest.mark.parametrize("size", ["auto", "auto:3"])
+def test_batch_sizes_that_are_detected(adapter, size):
     options = adapter(positions="last")
     requests = [request("loglikelihood", *pair) for pair in PAIRS]
     want = PeftSteerLM(**options).loglikelihood(requests, disable_tqdm=True)
-    auto = PeftSteerLM(**{**options, "batch_size": "auto", "max_batch_size": 4})
+    auto = PeftSteerLM(**{**options, "batch_size": size, "max_batch_size": 4})
     found = auto.loglikelihood(requests, disable_tqdm=True)
     assert [x for x, _ in found] == pytest.approx([x for x, _ in want], abs=1e-4)
 

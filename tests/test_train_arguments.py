@@ -123,6 +123,14 @@ def test_contradictions(recipe, keys, flags, message):
         parsed(*recipe(**keys), *flags)
 
 
+@pytest.mark.parametrize("keys", [{"peft_type": "STEER"}, {"peft_type": "JOINT_STEER_LORA"}])
+def test_positions_in_wrapped_packs(recipe, keys):
+    prefix = "steer_" if "JOINT" in keys["peft_type"] else ""
+    keys = {**keys, "packing": True, "packing_strategy": "wrapped", f"{prefix}positions": "last"}
+    with pytest.raises(ValueError, match="packing_strategy: 'wrapped' does not say where the prompts are"):
+        sft._prepare(parsed(*recipe(**keys)), None, None)
+
+
 def test_the_recipe_by_an_equals_sign(recipe):
     flag, path = recipe(peft_type="STEER", r=3)
     assert parsed(f"{flag}={path}").peft_config.r == 3

@@ -12,7 +12,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
-from peft_steer import tasks
+from peft_steer import JointSteerLoraConfig, SteerConfig, tasks
 
 from .arguments import Arguments
 from .run import Command, task_datasets
@@ -21,7 +21,14 @@ from .run import Command, task_datasets
 def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if arguments.task.reward_metric is not None:
         raise ValueError("reward_metric: only grpo has a reward")
-    training = arguments.training
+    training, config = arguments.training, arguments.peft_config
+    steer = config.steer_config() if isinstance(config, JointSteerLoraConfig) else config
+    some = isinstance(steer, SteerConfig) and steer.positions != "all"
+    if some and training.packing and training.packing_strategy == "wrapped":
+        raise ValueError(
+            f"packing_strategy: 'wrapped' does not say where the prompts are that positions={steer.positions!r} "
+            "refers to; use 'bfd'"
+        )
     if training.eos_token is not None:
         tokenizer.eos_token = training.eos_token
 
