@@ -30,13 +30,13 @@ def some_texts(rows: int = 5) -> Texts:
     return Texts([(row, 2) for row in ids], batch_size=2, pad=0, device="cpu")
 
 
-def analyze(folder: Path, base: str, *words: str, config: PeftConfig | None = None) -> int:
+def analyze(folder: Path, base: str, *words: str, config: PeftConfig | None = None, tuned: bool = True) -> int:
     """Runs `peft-steer analyze` on `base`, an adapter of it and a file of sums, into `folder / "out"`."""
     model = tuned_by(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(folder / "adapter")
     (folder / "sums.csv").write_text(
         "prompt,completion\n" + "".join(f"{a}+{b}=,{a + b}\n" for a in range(4) for b in range(4))
     )
-    tuned = [] if "--adapter" in words else ["--tuned", str(folder / "adapter")]
+    models = ["--base", base, *(["--tuned", str(folder / "adapter")] if tuned else [])]
     text = ["--dataset", str(folder / "sums.csv"), "--batch_size", "4"]
-    return main([words[0], "--base", base, *tuned, *text, "--output", str(folder / "out"), *words[1:]])
+    return main([words[0], *models, *text, "--output", str(folder / "out"), *words[1:]])

@@ -12,6 +12,8 @@ import transformers
 ANALYSES = {
     "first-order": "what a change of MLP weights does to their output, and what steering before the MLP can do of it",
     "where": "in which term of each block the change made by fine-tuning lies: MLP, attention or skip path",
+    "errors": "how an error at a block grows to the model's output, and the ranks that this suggests",
+    "joint": "the halves of a joint adapter: whether they share directions, and what each scores alone",
     "oracle": "steer by what fine-tuning does to the hidden states: how near it comes to the tuned model, and spectra",
 }
 _USAGE = "usage: peft-steer analyze ANALYSIS --base MODEL --tuned MODEL_OR_ADAPTER ...\n\n" + "\n".join(

@@ -164,7 +164,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def figure(table: pd.DataFrame) -> Figure:
     """By block and tolerance: what lies outside the column space, the error after steering, the size of `dh`."""
-    result = Figure(figsize=(12, 3.6), layout="constrained")
+    result = Figure(figsize=(12, 3.9), layout="constrained")
     panels = result.subplots(1, 3)
     columns = {"outside_down": "part of dW_d m out of reach", "reached": "error after steering", "size": "|dh| / |h|"}
     for axes, (column, title) in zip(panels, columns.items(), strict=True):
@@ -179,5 +179,6 @@ def figure(table: pd.DataFrame) -> Figure:
     panels[1].axhline(1, color="grey", lw=1, label="no steering")
     for axes in panels[1:]:
         axes.set_yscale("log")
-    panels[1].legend(frameon=False, fontsize="small")
+    handles, labels = panels[1].get_legend_handles_labels()
+    result.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize="small")
     return result

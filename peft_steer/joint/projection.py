@@ -149,6 +149,11 @@ class JointLowRank(LowRank):
         return self.orthogonal != "none" and adapter_name in lora.lora_B
 
     @property
+    def writer(self):
+        """The `LoraLayer` that ends the block's MLP."""
+        return self._lora[0]
+
+    @property
     def B(self) -> torch.Tensor:
         """`lora_B` of the linear layer that ends the block's MLP, `(d, r_lora)`."""
         lora, adapter_name = self._lora

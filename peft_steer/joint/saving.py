@@ -79,7 +79,7 @@ def project_for_saving(
         W_name = _bare(f"{names[id(layer)]}.{CONTAINER}.{adapter_name}.W_down")
         B_name = _bare(f"{names[id(lora)]}.lora_B.{adapter_name}.weight")
         W, B = state_dict.get(W_name), state_dict.get(B_name)
-        if W is None or B is None or W.is_meta or isinstance(W, DTensor):
+        if W is None or B is None or W.is_meta or B.is_meta or isinstance(W, DTensor):
             continue  # a part of the state: of other adapters, of offloaded weights, of a sharded checkpoint
         if W.data_ptr() == edit.W_down.data_ptr() and not several_processes:
             edit.project_()
