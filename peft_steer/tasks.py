@@ -21,8 +21,7 @@ from .suggest import suggest
 
 
 OUR_TASKS = Path(lm_eval_tasks.__file__).parent
-_FEWSHOT_SEED = 1234  # the harness's own default
-_HELD_OUT = "validation, of the training split"
+FEWSHOT_SEED = 1234  # the harness's own default
 
 
 def load_task(
@@ -55,7 +54,7 @@ def load_task(
         if task.config.num_fewshot == 0 and num_fewshot != 0:
             raise ValueError(f"num_fewshot: task {name!r} says 0, and lm-eval then evaluates without examples")
         task.set_config("num_fewshot", num_fewshot)
-    task.set_fewshot_seed(_FEWSHOT_SEED)
+    task.set_fewshot_seed(FEWSHOT_SEED)
     return task, manager
 
 
@@ -71,37 +70,6 @@ def evaluate_on(task: ConfigurableTask, split: str) -> None:
         raise ValueError(f"split: task {task.config.task!r} has no {split} split")
     if split == "validation":
         task.set_config("test_split", None)
-
-
-def complete_splits(task: ConfigurableTask) -> str | None:
-    """Gives a task the splits that a comparison needs: to train on, to choose on (validation) and to report (test).
-
-    Without a test split the validation split is the test split; without another validation split, a tenth of the
-    training split (1,000 documents at most, always the same ones) is taken out of it.
-
-    Returns:
-        A line that says what was done, or None if the task had all three.
-
-    Raises:
-        ValueError: If the task has no training split, or neither of the others.
-    """
-    config = task.config
-    evaluated = config.test_split or config.validation_split
-    if config.training_split is None or evaluated is None:
-        missing = "training" if config.training_split is None else "validation or test"
-        raise ValueError(f"task {config.task!r} has no {missing} split")
-    if config.test_split and config.validation_split and config.test_split != config.validation_split:
-        return None
-    rows = task.dataset[config.training_split]
-    parts = rows.train_test_split(test_size=min(1000, max(1, len(rows) // 10)), seed=_FEWSHOT_SEED)
-    task.dataset = {**task.dataset, config.training_split: parts["train"], _HELD_OUT: parts["test"]}
-    task.set_config("test_split", evaluated)
-    task.set_config("validation_split", _HELD_OUT)
-    task.sampler.replace_df(list(task.fewshot_docs()))
-    return (
-        f"task {config.task!r}: {len(parts['test']):,} of its {len(rows):,} training documents are the validation "
-        f"split, {evaluated!r} is the test split"
-    )
 
 
 # --- columns for TRL's trainers

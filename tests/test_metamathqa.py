@@ -6,6 +6,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from peft_steer import tasks
+from peft_steer.splits import complete_splits
 
 
 METAMATH = [
@@ -42,7 +43,7 @@ def test_what_is_trained_and_tested(task):
     ]
     (doc,) = task.test_docs()
     assert tasks.target_of(task, doc) == "1000 + 2 = <<1000+2=1002>>1002\nThe answer is: 1,002"
-    assert tasks.complete_splits(task) is None
+    assert complete_splits(task) is None
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from peft_steer.bench.store import read_training, save_training
 from peft_steer.cost import saved_bytes
 from peft_steer.cost.measure import greedy_decoding, interleaved_seconds
 from peft_steer.cost.methods import share
+from peft_steer.splits import complete_splits
 
 
 _DECODED_TOKENS, _DECODING_ROUNDS = 8, 5
@@ -69,7 +70,7 @@ class Runner:
         created_at, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
         base, tokenizer = self._base(cell)
         task, _ = tasks.load_task(cell.task, metadata=cell.metadata)
-        tasks.complete_splits(task)
+        complete_splits(task)
         tasks.evaluate_on(task, cell.split)
         full = cell.config.get("peft_type") == FULL
         names = ("train_seconds", "train_tokens", "train_samples", "peak_bytes", "reserved_bytes", "saved_bytes")

@@ -92,7 +92,8 @@ def _found(grid: "Grid") -> "Grid":
 
 def _tasks(grid: "Grid") -> dict[str, Any]:
     """The grid's tasks, by name, with all splits."""
-    from peft_steer.tasks import complete_splits, evaluate_on, load_task
+    from peft_steer.splits import complete_splits
+    from peft_steer.tasks import evaluate_on, load_task
 
     loaded = {}
     for entry in grid.tasks:
