@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from bench_cells import LORA, make_cell, measured
 
-from peft_steer.bench.engine import make_engine, run_cells
+from peft_steer.bench.engine import EngineError, make_engine, run_cells
 from peft_steer.bench.store import Store, read_training
 
 
@@ -82,3 +82,9 @@ def test_a_batch_that_cannot_be_divided(tmp_path):
     cell = make_cell("unused", "LoRA", LORA, processes=3)
     with pytest.raises(ValueError, match="processes: 3 cannot share batches of 4 x 1 rows"):
         run_cells([cell], Store(tmp_path), make_engine("ray"))
+
+
+def test_an_address_where_nobody_listens():
+    pytest.importorskip("ray")
+    with pytest.raises(EngineError, match=r"--address 127\.0\.0\.1:1: no Ray cluster answers there"):
+        make_engine("ray", address="127.0.0.1:1").__enter__()

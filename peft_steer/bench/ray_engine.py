@@ -7,6 +7,7 @@ that all of them have.
 
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -95,8 +96,9 @@ class RayEngine:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             alone = {"include_dashboard": False} if address == "local" else {}
             try:
+                _knock(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **alone)
-            except ConnectionError as error:
+            except OSError as error:
                 raise EngineError(f"--address {address}: no Ray cluster answers there ({error})") from error
             self._owned = True
         return self
@@ -194,6 +196,13 @@ class RayEngine:
     def _drop(self, actor: _Actor) -> None:
         self._actors.remove(actor)
         ray.kill(actor.handle)
+
+
+def _knock(address: str) -> None:
+    """Raises an `OSError` if nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _room(gpus: float, processes: int) -> int:
