@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,20 @@ def test_runners_wait_for_each_other(bench_reference, tiny_llama, tmp_path, caps
         (result,) = run_cells([cell], store, engine)
     assert result["score"] == 0.25
     assert "1 cells are run by another runner" in capsys.readouterr().out
+
+
+def test_processes_that_train_a_cell_together(bench_reference, tmp_path):
+    cells, results, _ = bench_reference
+    together = [replace(cell, processes=2) for cell in cells if cell.name in ("wrong", "steering")]
+    with make_engine() as engine:
+        wrong, steering = run_cells(together, Store(tmp_path), engine)
+    assert "no_such_module" in wrong["error"]
+    expected = results[3]
+    assert steering["loss"] == [[step, pytest.approx(loss, rel=1e-3)] for step, loss in expected["loss"]]
+    assert {k: steering[k] for k in ("score", "n", "trainable")} == {
+        k: expected[k] for k in ("score", "n", "trainable")
+    }
+    assert (Store(tmp_path).adapter_path(together[1]) / "adapter_model.safetensors").exists()
 
 
 def test_gpus_are_divided_among_the_jobs():
