@@ -14,6 +14,7 @@ ANALYSES = {
     "where": "in which term of each block the change made by fine-tuning lies: MLP, attention or skip path",
     "errors": "how an error at a block grows to the model's output, and the ranks that this suggests",
     "joint": "the halves of a joint adapter: whether they share directions, and what each scores alone",
+    "linear": "how linear the change made by fine-tuning is: the best maps of each rank, and how near they come",
     "oracle": "steer by what fine-tuning does to the hidden states: how near it comes to the tuned model, and spectra",
 }
 _USAGE = "usage: peft-steer analyze ANALYSIS --base MODEL --tuned MODEL_OR_ADAPTER ...\n\n" + "\n".join(
