@@ -1,5 +1,6 @@
 """What each of two processes does in the tests of training under DDP and FSDP2."""
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def train(rank: int, address: str, models: dict[str, Callable[[], PeftModel]], o
         torch.save(results, out)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # see peft_steer/bench/launched.py: freeing a Gloo group at exit may hang
 
 
 def _train(rank: int, kind: str, adapted: PeftModel) -> tuple[list[float], dict[str, torch.Tensor]]:

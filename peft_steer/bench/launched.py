@@ -93,4 +93,9 @@ def _exit_at_end_of_input() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by Python's own exit: torch 2.13's Gloo group, freed by it, now and then waits for ever for a thread of its
+    # own that waits for the interpreter's lock.
+    os._exit(status)
