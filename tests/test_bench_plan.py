@@ -118,7 +118,7 @@ def test_the_choice_is_made_on_validation(tiny_llama, tmp_path):
         ("post-block", 0.2, "linear", 1),
         ("base", 0.0, None, 0),
     ]
-    assert outcome.cells == sweep + final
+    assert outcome.cells == final + sweep
     assert len(outcome.results) == len(outcome.cells)
     said = "\n".join(outcome.remarks)
     assert "post-block: the chosen learning rate 0.2 is the largest tried: widen the sweep" in said

@@ -12,7 +12,8 @@ Results = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """All cells of a comparison with their results, in the same order, and what is to be said about the choices."""
+    """All cells of a comparison with their results, in the same order: those to report first, in the order of the grid,
+    then the sweep's; and what is to be said about the choices."""
 
     cells: list[Cell]
     results: Results
@@ -33,7 +34,7 @@ def run_grid(grid: Grid, contenders: list[Contender], run: Callable[[list[Cell]]
         remarks += [remark] if remark else []
         chosen += grid.repeated(best) if best else []
     final = [cell for cell in chosen if cell.key not in found]  # looking at the sweep alone, they are the same
-    return Outcome(sweep + final, [*found.values(), *run(final)], remarks)
+    return Outcome(final + sweep, [*run(final), *found.values()], remarks)
 
 
 def planned(grid: Grid, contenders: list[Contender]) -> tuple[list[Cell], list[Cell]]:
