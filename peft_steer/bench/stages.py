@@ -12,8 +12,8 @@ Results = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """All cells of a comparison with their results, in the same order: those to report first, in the order of the grid,
-    then the sweep's; and what is to be said about the choices."""
+    """All cells of a comparison with their results, in the same order (the grid's: what is reported, then the sweep),
+    and what is to be said about the choices."""
 
     cells: list[Cell]
     results: Results
