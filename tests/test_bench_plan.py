@@ -66,6 +66,8 @@ def test_the_papers_protocol_is_the_default(tmp_path):
     }
     joint = grid.methods[2]
     assert joint.train == {"lr_scheduler_type": "cosine", "warmup_steps": 0.06}
+    said = load_grid(write_grid(tmp_path, methods=methods, train={"lr_scheduler_type": "linear"}))
+    assert said.methods[2].train == {"warmup_steps": 0.06}  # what the grid says holds for all
 
 
 def test_a_cells_key_is_what_defines_its_result(tiny_llama, tmp_path):

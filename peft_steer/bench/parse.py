@@ -88,7 +88,7 @@ def _grid(raw: Any, model: str | None, folder: Path) -> Grid:
     grid = Grid(
         models=tuple(_model(f"models[{i}]", m, raw) for i, m in enumerate(models)),
         tasks=tuple(_task(f"tasks[{i}]", t, raw) for i, t in enumerate(_either(raw, "task"))),
-        methods=tuple(_method(i, m, raw.get("match")) for i, m in enumerate(_typed("methods", raw["methods"], list))),
+        methods=tuple(_method(i, m, raw) for i, m in enumerate(_typed("methods", raw["methods"], list))),
         split=_one_of("split", raw.get("split", "test"), _SPLITS),
         eval_batch_size=_positive("eval_batch_size", raw.get("eval_batch_size", 64)),
         seeds=tuple(_typed("seeds", s, int) for s in _listed("seeds", raw.get("seeds", [0, 1, 2]))),
@@ -151,7 +151,7 @@ def _task(where: str, raw: Any, grid: dict) -> Task:
     )
 
 
-def _method(index: int, raw: Any, match: Any) -> Method:
+def _method(index: int, raw: Any, grid: dict) -> Method:
     where = f"methods[{index}]"
     raw = dict(_typed(where, raw, dict))
     where = f"method {raw.get('name', index)!r}"
@@ -171,7 +171,8 @@ def _method(index: int, raw: Any, match: Any) -> Method:
         _check_keys(where, raw, (), extra=ours)
         return Method(name, {"peft_type": FULL}, rates, train)
     if type_name == "JOINT_STEER_LORA":
-        train = {**_JOINT_TRAIN, **train}
+        given = grid.get("train", {})
+        train = {**{key: value for key, value in _JOINT_TRAIN.items() if key not in given}, **train}
     matched = raw.pop("matched", None)
     sweep = _typed(f"{where}: sweep", raw.pop("sweep", {}), dict)
     fields = {f.name for f in dataclasses.fields(known[type_name]) if f.init} - {"peft_type"}
@@ -184,6 +185,7 @@ def _method(index: int, raw: Any, match: Any) -> Method:
     for key in sweep:
         if key in raw:
             raise ValueError(f"{where}: {key}: stands in the method and in its sweep")
+    match = grid.get("match")
     if match is None or match == name:
         if matched is not None:
             reason = "the others are matched to it" if match else "the grid has no `match` that says to what"
