@@ -21,10 +21,12 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 from transformers import AutoConfig
 
+from lm_eval_tasks.model import PeftSteerLM
 from peft_steer import SteerConfig
 from peft_steer.cost.methods import share
+from peft_steer.scoring import score
+from peft_steer.tasks import load_task
 
-from .accuracy import accuracies
 from .command import run_module
 from .distance import Distance
 from .fitting import FittedBlock, fit_blocks
@@ -70,8 +72,11 @@ def run(args: argparse.Namespace) -> None:
     adapter.save_pretrained(args.output)
     pair.tokenizer.save_pretrained(args.output)
     if args.evaluate:
-        for name, scores in accuracies(models, pair.tokenizer, args).items():
-            results["models"][name] |= scores
+        task, _ = load_task(args.task, args.include_path, args.num_fewshot)
+        for name, model in models.items():
+            harness = PeftSteerLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=args.batch_size)
+            found = score(harness, task, args.limit)
+            results["models"][name] |= {found["metric"]: found["score"], "stderr": found["stderr"], "n": found["n"]}
     write(args.output / "distill.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     print(pd.DataFrame(results["models"]).T.to_markdown(floatfmt=".4g"))
     ranks = [block["r"] for block in results["blocks"]]

@@ -12,12 +12,11 @@ and neither, on the split that it is evaluated on.
 """
 
 import argparse
-import logging
 from pathlib import Path
 
-import lm_eval
 import pandas as pd
 import torch
+from lm_eval.api.task import ConfigurableTask
 from matplotlib.figure import Figure
 from peft import PeftConfig, PeftModel
 
@@ -26,6 +25,7 @@ from lm_eval_tasks.model import PeftSteerLM
 from .. import JointSteerLoraConfig, tasks
 from ..joint.layer import JointSteerLayer
 from ..joint.projection import JointLowRank
+from ..scoring import score
 from .output import write_figure, write_table
 from .pairs import add_base_arguments, check_adapter, find_base
 
@@ -54,16 +54,14 @@ def run(args: argparse.Namespace) -> None:
     if not isinstance(config, JointSteerLoraConfig):
         raise ValueError(f"--adapter: {args.adapter!r} is a {config.peft_type.value} adapter, not a joint one")
     check_adapter(source.base, args.base, args.adapter, "--adapter")
-    task, manager = tasks.load_task(args.task, args.include_path, args.num_fewshot)
+    task, _ = tasks.load_task(args.task, args.include_path, args.num_fewshot)
     model = source.load_adapter(args.adapter)
     table = overlaps(model)
     facts = {"base": args.base, "adapter": args.adapter}
     write_table(args.output, "joint_overlap", table, **facts)
     print(table.set_index("block").to_markdown(floatfmt=".3f"))
     harness = PeftSteerLM(pretrained=model, tokenizer=source.tokenizer, batch_size=args.batch_size)
-    scores = pd.DataFrame(
-        {"halves": halves, **score(harness, model, halves, task, manager, args.limit)} for halves in HALVES
-    )
+    scores = pd.DataFrame({"halves": halves, **_score(harness, model, halves, task, args.limit)} for halves in HALVES)
     write_table(args.output, "joint_scores", scores, **facts, task=args.task, limit=args.limit)
     write_figure(args.output, "joint", figure(table, scores))
     print(f"\n{scores.to_markdown(index=False, floatfmt='.3f')}")
@@ -117,24 +115,12 @@ def _basis(X: torch.Tensor) -> torch.Tensor:
     return U[:, 1e-6 * S[0] < S] if S[0] > 0 else U[:, :0]
 
 
-def score(harness: PeftSteerLM, model: PeftModel, halves: str, task, manager, limit: int | None) -> dict:
-    """The task's first metric, its standard error and the number of documents, with these halves of the adapter."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+def _score(harness: PeftSteerLM, model: PeftModel, halves: str, task: ConfigurableTask, limit: int | None) -> dict:
+    """The task's score with these halves of the adapter."""
     context = model.disable_adapter() if halves == "neither" else model.base_model.set_halves(halves)
     with context:
-        output = lm_eval.simple_evaluate(
-            model=harness, tasks=[task], limit=limit, task_manager=manager, log_samples=False
-        )
-    (name,) = output["results"]
-    scores = output["results"][name]
-    metric = next(key for key in scores if "," in key and "_stderr," not in key)
-    kind, filter_name = metric.split(",")
-    return {
-        "metric": kind,
-        "score": scores[metric],
-        "stderr": scores[f"{kind}_stderr,{filter_name}"],
-        "n": output["n-samples"][name]["effective"],
-    }
+        found = score(harness, task, limit)
+    return {key: found[key] for key in ("metric", "score", "stderr", "n")}
 
 
 def figure(table: pd.DataFrame, scores: pd.DataFrame) -> Figure:

@@ -1,7 +1,6 @@
 """One cell of a comparison: train a method with TRL's `SFTTrainer`, evaluate it with lm-eval, measure its costs."""
 
 import json
-import logging
 import math
 import platform
 import statistics
@@ -37,6 +36,7 @@ from peft_steer.bench.store import read_training, save_training
 from peft_steer.cost import saved_bytes
 from peft_steer.cost.measure import greedy_decoding, interleaved_seconds
 from peft_steer.cost.methods import share
+from peft_steer.scoring import score
 from peft_steer.splits import complete_splits
 
 
@@ -65,7 +65,6 @@ class Runner:
         """
         datasets.disable_progress_bars()
         transformers.logging.set_verbosity_error()
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own and TRL's code
         created_at, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
         base, tokenizer = self._base(cell)
@@ -91,7 +90,8 @@ class Runner:
             costs["forgetting"] = {"before": before, "after": text_loss(model, tokenizer, cell.forgetting)}
         if cell.config and not full:
             costs["decode_ratio"] = _decode_ratio(base, model, tokenizer)
-        scores = _evaluate(cell, model, tokenizer, task)
+        harness = PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size)
+        scores = score(harness, task, cell.limit)
         if full or self._sums != _sums(base):  # some PEFT initializations write into the base
             self._loaded = ()
         costs |= {"created_at": created_at, "total_seconds": time.perf_counter() - start}
@@ -183,28 +183,6 @@ def _samples(trainer: SFTTrainer) -> int:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     epochs, steps = divmod(trainer.state.global_step, math.ceil(n_rows / batch))
     return epochs * n_rows + min(steps * batch, n_rows)
-
-
-def _evaluate(cell: Cell, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Any) -> dict[str, Any]:
-    if task.config.num_fewshot is None:
-        task.set_config("num_fewshot", 0)  # as `simple_evaluate` does; that one also asks pip for all packages
-    output = lm_eval.evaluate(
-        lm=PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size),
-        task_dict={"tasks": {cell.task: task}, "groups": {}},
-        limit=cell.limit,
-        log_samples=True,
-    )
-    scores = output["results"][cell.task]
-    metric = next(name for name in scores if "," in name and "_stderr," not in name)
-    name, filter_name = metric.split(",")
-    samples = [s for s in output["samples"][cell.task] if s["filter"] == filter_name]
-    return {
-        "metric": name,
-        "score": scores[metric],
-        "stderr": scores[f"{name}_stderr,{filter_name}"],
-        "n": output["n-samples"][cell.task]["effective"],
-        "items": {"ids": [s["doc_hash"] for s in samples], "scores": [float(s[name]) for s in samples]},
-    }
 
 
 def _decode_ratio(base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -1,0 +1,38 @@
+"""A task's own score of a model in memory."""
+
+import logging
+from typing import Any
+
+import lm_eval
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+
+
+def score(harness: LM, task: ConfigurableTask, limit: int | None = None) -> dict[str, Any]:
+    """Evaluates a loaded task as lm-eval does.
+
+    Args:
+        harness: The model, as lm-eval knows it.
+        task: What `peft_steer.tasks.load_task` returns.
+        limit: Documents to evaluate, None for all.
+
+    Returns:
+        `metric`, the name of the task's first one; `score`; `stderr`; `n`, the number of documents; `items`, with the
+        hashes of the documents (`ids`) and each one's score (`scores`).
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
+    if task.config.num_fewshot is None:
+        task.set_config("num_fewshot", 0)  # as `simple_evaluate` does; that one also asks pip for all packages
+    name = task.config.task
+    output = lm_eval.evaluate(lm=harness, task_dict={"tasks": {name: task}, "groups": {}}, limit=limit)
+    results = output["results"][name]
+    key = next(key for key in results if "," in key and "_stderr," not in key)
+    metric, filter_name = key.split(",")
+    samples = [sample for sample in output["samples"][name] if sample["filter"] == filter_name]
+    return {
+        "metric": metric,
+        "score": results[key],
+        "stderr": results[f"{metric}_stderr,{filter_name}"],
+        "n": output["n-samples"][name]["effective"],
+        "items": {"ids": [s["doc_hash"] for s in samples], "scores": [float(s[metric]) for s in samples]},
+    }
