@@ -1,42 +1,77 @@
-"""Tiny models before and after fine-tuning, and texts for them."""
+"""Tiny bases, what fine-tuning may have made of them, text for both, and the command on them."""
 
+import copy
 from pathlib import Path
 
-import tiny
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tiny import BASES, VOCAB, make, randomize
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from peft_steer import PostBlockSteerConfig, SteerConfig
 from peft_steer.analysis.command import main
-from peft_steer.analysis.pairs import Pair
+from peft_steer.analysis.pairs import Pair, blocks_of
 from peft_steer.analysis.texts import Texts
 
 
-def tuned_by(model: torch.nn.Module, config: PeftConfig | None = None, std: float = 0.3) -> torch.nn.Module:
-    """`model` with a random adapter, LoRA by default."""
-    model = get_peft_model(model, config or LoraConfig(r=4, target_modules="all-linear"))
-    tiny.randomize(model, std=std)
+ADAPTERS = {
+    "lora": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "post_block": PostBlockSteerConfig(r=2, task_type="CAUSAL_LM"),
+    "mlp": SteerConfig(site="mlp", kind="linear", r=2, use_bias=True, task_type="CAUSAL_LM"),
+}
+
+
+def random_texts(rows: int = 12, length: int = 9, seed: int = 0, batch_size: int = 4) -> Texts:
+    """Random tokens in rows of different lengths, the first two of each a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB - 1, (rows, length), generator=generator).tolist()
+    return Texts([(row[: length - i % 4], 2) for i, row in enumerate(ids)], batch_size, 0, "cpu")
+
+
+def tuned_blocks(base: nn.Module, std: float = 0.05) -> nn.Module:
+    """A copy with other weights in every block."""
+    tuned = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for block in blocks_of(tuned):
+            for p in block.module.parameters():
+                p.add_(std * torch.randn(p.shape, generator=generator))
+    return tuned
+
+
+def with_adapter(base: nn.Module, adapter: str | PeftConfig = "lora", std: float = 0.3) -> PeftModel:
+    """A copy of `base` with a random adapter: one of `ADAPTERS`, or of a configuration."""
+    config = ADAPTERS[adapter] if isinstance(adapter, str) else adapter
+    model = get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
+    randomize(model, std=std)
     return model.eval().requires_grad_(False)
 
 
-def pair_of(architecture: str = "llama", config: PeftConfig | None = None, dtype=torch.float32) -> Pair:
-    return Pair(tiny.make(architecture, dtype), tuned_by(tiny.make(architecture, dtype), config), tokenizer=None)
+def pair_of(architecture: str = "llama", adapter: str | PeftConfig = "lora") -> Pair:
+    """A tiny base, and a copy with a random adapter."""
+    base = make(architecture)
+    return Pair(base, with_adapter(base, adapter), tokenizer=None)
 
 
-def some_texts(rows: int = 5) -> Texts:
-    """Of different lengths, with token ids that every tiny model has."""
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(3, tiny.VOCAB - 1, (4 + i,), generator=generator).tolist() for i in range(rows)]
-    return Texts([(row, 2) for row in ids], batch_size=2, pad=0, device="cpu")
+def save_tuned(folder: str, target: Path, adapter: str | PeftConfig) -> str:
+    """The folder of a random adapter of the model in `folder`, or, with the name `"full"`, of a whole model."""
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = tuned_blocks(base) if adapter == "full" else with_adapter(base, adapter)
+    model.save_pretrained(target)
+    return str(target)
 
 
-def analyze(folder: Path, base: str, *words: str, config: PeftConfig | None = None, tuned: bool = True) -> int:
-    """Runs `peft-steer analyze` on `base`, an adapter of it and a file of sums, into `folder / "out"`."""
-    model = tuned_by(AutoModelForCausalLM.from_pretrained(base), config)
-    model.save_pretrained(folder / "adapter")
+def load_quantized(folder: str, base: str) -> nn.Module:
+    """The model in `folder` in one of `tiny.BASES`' precisions."""
+    return AutoModelForCausalLM.from_pretrained(folder, **BASES[base]).eval().requires_grad_(False)
+
+
+def analyze(folder: Path, base: str, *words: str, adapter: str | PeftConfig | None = "lora") -> int:
+    """Runs `peft-steer analyze` on `base`, an adapter of it if any and a file of sums, into `folder / "out"`."""
     (folder / "sums.csv").write_text(
         "prompt,completion\n" + "".join(f"{a}+{b}=,{a + b}\n" for a in range(4) for b in range(4))
     )
-    models = ["--base", base, *(["--tuned", str(folder / "adapter")] if tuned else [])]
+    tuned = ["--tuned", save_tuned(base, folder / "adapter", adapter)] if adapter else []
     text = ["--dataset", str(folder / "sums.csv"), "--batch_size", "4"]
-    return main([words[0], *models, *text, "--output", str(folder / "out"), *words[1:]])
+    return main([words[0], "--base", base, *tuned, *text, "--output", str(folder / "out"), *words[1:]])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from analysis_models import analyze, pair_of, some_texts
+from analysis_models import analyze, pair_of, random_texts
 
 from peft_steer import PostBlockSteerConfig
 from peft_steer.analysis.allocation import by_energy, by_gain
@@ -104,19 +104,19 @@ def test_ranks_by_gain_follow_the_gains():
 
 
 def test_spectra_are_of_what_each_block_has_to_add():
-    pair = pair_of(config=PostBlockSteerConfig(r=2, kind="linear"))
-    for values in own_changes(pair, some_texts()):
+    pair = pair_of(adapter=PostBlockSteerConfig(r=2, kind="linear"))
+    for values in own_changes(pair, random_texts()):
         assert (values[:2] > 1e-6).all()
         assert (values[2:] < 1e-9).all()
 
 
-@pytest.mark.parametrize("tuned", [True, False])
-def test_command_prints_a_pattern_that_peft_steer_takes(tuned, tiny_llama, tmp_path, capsys):
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_command_prints_a_pattern_that_peft_steer_takes(adapter, tiny_llama, tmp_path, capsys):
     words = ["errors", "--probes", "2", "--iterations", "2", "--r", "3"]
-    assert analyze(tmp_path, tiny_llama, *words, tuned=tuned) == 0
+    assert analyze(tmp_path, tiny_llama, *words, adapter=adapter) == 0
     found = json.loads((tmp_path / "out" / "errors.json").read_text())
     table = pd.read_csv(tmp_path / "out" / "errors.csv")
-    column = "energy_rank" if tuned else "gain_rank"
+    column = "energy_rank" if adapter else "gain_rank"
     assert list(found["rank_pattern"].values()) == table[column].tolist()
     assert table[column].sum() == 6
     assert (table["largest"] >= 0.99 * table["typical"]).all()

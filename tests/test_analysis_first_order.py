@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from analysis_models import analyze, pair_of, some_texts, tuned_by
+from analysis_models import analyze, pair_of, random_texts, with_adapter
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -24,7 +24,7 @@ WITH_MLP = [name for name in tiny.ARCHITECTURES if name not in ("mixtral", "qwen
 
 def blocks(architecture: str = "llama", std: float = 0.3, **lora):
     config = LoraConfig(r=4, target_modules="all-linear", **lora)
-    return blocks_of(tiny.make(architecture))[1], blocks_of(tuned_by(tiny.make(architecture), config, std))[1]
+    return blocks_of(tiny.make(architecture))[1], blocks_of(with_adapter(tiny.make(architecture), config, std))[1]
 
 
 def update(*args, **lora) -> Update:
@@ -120,7 +120,7 @@ def test_quantized_weights_are_dequantized(bits, tmp_path):
     config = {**tiny.SMALL, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     tiny.tf.LlamaForCausalLM(tiny.tf.LlamaConfig(**config)).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
-    model = tuned_by(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization))
+    model = with_adapter(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization))
     mlp, h = find_mlp(blocks_of(model)[0]), torch.randn(3, 64)
     with torch.no_grad():
         expected = mlp.module(h)
@@ -129,7 +129,7 @@ def test_quantized_weights_are_dequantized(bits, tmp_path):
 
 
 def test_the_inputs_are_those_of_the_mlps():
-    model, texts = tiny.make(), some_texts(4)
+    model, texts = tiny.make(), random_texts(4, batch_size=2)
     found = inputs(model, texts, 4, seed=0)
     assert [x.shape for x in found] == [(4, tiny.D)] * 3
     seen = []
@@ -142,15 +142,15 @@ def test_the_inputs_are_those_of_the_mlps():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "config", "message"),
+    ("architecture", "adapter", "message"),
     [
-        ("mixtral", None, "mixture of experts"),
+        ("mixtral", "lora", "mixture of experts"),
         ("llama", SteerConfig(r=2, site="mlp"), "steered"),
         ("llama", LoraConfig(target_modules="all-linear", use_dora=True), "DoRA"),
     ],
 )
-def test_refused(architecture, config, message):
-    pair = pair_of(architecture, config)
+def test_refused(architecture, adapter, message):
+    pair = pair_of(architecture, adapter)
     with pytest.raises(ValueError, match=message):
         Update.between(*(find_mlp(blocks_of(model)[0]) for model in (pair.base, pair.tuned)))
 
@@ -183,5 +183,5 @@ def test_command_refuses_what_it_cannot_measure(tiny_llama, tmp_path, capsys):
     ):
         assert analyze(tmp_path, tiny_llama, "first-order", *words) == 2
         assert message in capsys.readouterr().err
-    assert analyze(tmp_path, tiny_llama, "first-order", config=SteerConfig(r=2)) == 2
+    assert analyze(tmp_path, tiny_llama, "first-order", adapter=SteerConfig(r=2)) == 2
     assert "no weight of an MLP differs" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from analysis_pairs import random_texts, save_pair, with_adapter
+from analysis_models import random_texts, save_tuned, with_adapter
 from peft import get_peft_model
 from tiny import make, randomize
 
@@ -46,7 +46,7 @@ def test_an_adapter_is_measured_as_it_is():
 
 
 def test_the_command(tiny_llama, tmp_path, capsys):
-    tuned, other = (save_pair(tiny_llama, tmp_path / name, name) for name in ("lora", "post_block"))
+    tuned, other = (save_tuned(tiny_llama, tmp_path / name, name) for name in ("lora", "post_block"))
     (tmp_path / "sums.csv").write_text(
         "prompt,completion\n" + "".join(f"{a}+{b}=,is {a + b}\n" for a in range(6) for b in range(6))
     )

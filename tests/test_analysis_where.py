@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from analysis_models import analyze, pair_of, some_texts, tuned_by
+from analysis_models import analyze, pair_of, random_texts, with_adapter
 from peft import LoraConfig
 
 from peft_steer import SteerConfig
@@ -25,7 +25,7 @@ def terms_of_llama(model, layer, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_shares_are_those_of_the_equations():
-    pair, texts = pair_of(), some_texts()
+    pair, texts = pair_of(), random_texts()
     table = measure(pair, texts).set_index(["of", "block"])
     tuned = pair.tuned.get_base_model()
     i, found = 1, {"own": [], "stream": []}
@@ -62,8 +62,8 @@ def _hidden(model, texts, i):
 
 
 def test_a_change_in_one_place_is_found_there():
-    pair = pair_of(config=LoraConfig(r=4, target_modules=["down_proj"], layers_to_transform=[0]))
-    table = measure(pair, some_texts()).set_index(["of", "block"])
+    pair = pair_of(adapter=LoraConfig(r=4, target_modules=["down_proj"], layers_to_transform=[0]))
+    table = measure(pair, random_texts()).set_index(["of", "block"])
     own, stream = table.loc["own"], table.loc["stream"]
     assert own.loc[0, "share_mlp"] == pytest.approx(1, abs=1e-4)
     assert own.loc[0, "share_attention"] == pytest.approx(0, abs=1e-4)
@@ -74,7 +74,7 @@ def test_a_change_in_one_place_is_found_there():
 
 @pytest.mark.parametrize("architecture", tiny.DECODERS)
 def test_post_block_steering_is_an_edit_in_every_architecture(architecture):
-    table = measure(pair_of(architecture, SteerConfig(r=4)), some_texts()).set_index(["of", "block"])
+    table = measure(pair_of(architecture, SteerConfig(r=4)), random_texts()).set_index(["of", "block"])
     assert table.loc["own", "share_edit"].tolist() == pytest.approx([1, 1, 1], abs=1e-3)
     shares = table[[f"share_{term}" for term in TERMS]]
     assert shares.sum(axis=1).tolist() == pytest.approx([1] * 6)
@@ -92,7 +92,7 @@ def test_post_norm_blocks_are_refused():
 
 
 def test_nothing_is_left_behind():
-    model = tuned_by(tiny.make())
+    model = with_adapter(tiny.make())
     before = tiny.logits(model)
     terms = Terms(blocks_of(model))
     with terms.recording([torch.zeros(2, 7, tiny.D)] * 3):

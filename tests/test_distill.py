@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from analysis_pairs import load_quantized, random_texts, save_pair, tuned_blocks, with_adapter
+from analysis_models import load_quantized, pair_of, random_texts, save_tuned, tuned_blocks, with_adapter
 from peft import PeftModel, get_peft_model
 from tiny import DECODERS, make, randomize
 from transformers import AutoModelForCausalLM
@@ -76,9 +76,7 @@ def test_ranks_follow_the_error_that_is_allowed():
 
 
 def test_a_looser_error_takes_smaller_ranks(caplog):
-    base = make()
-    pair = Pair(base, with_adapter(base, "lora"), None)
-    ranks = {}
+    pair, ranks = pair_of(), {}
     for max_error in (0.05, 0.6):
         blocks = fit_blocks(pair, texts(), texts(seed=1), max_error=max_error)
         ranks[max_error] = sum(block.r for block in blocks)
@@ -113,7 +111,7 @@ def test_bases_of_other_precisions(tiny_llama, precision):
 
 
 def test_the_command(tiny_llama, tmp_path, capsys):
-    tuned = save_pair(tiny_llama, tmp_path / "tuned", "lora")
+    tuned = save_tuned(tiny_llama, tmp_path / "tuned", "lora")
     out = tmp_path / "out"
     arguments = ["--base", tiny_llama, "--tuned", tuned, "--task", "listops_short", "--num-texts", "24"]
     arguments += ["--held-out", "6", "-o", str(out), "--max-error", "0.5", "--train-steps", "3", "--from-scratch"]
@@ -147,7 +145,7 @@ def test_the_command(tiny_llama, tmp_path, capsys):
     ],
 )
 def test_bad_input(tiny_llama, tmp_path, capsys, monkeypatch, flags, message):
-    tuned = save_pair(tiny_llama, tmp_path / "tuned", "lora")
+    tuned = save_tuned(tiny_llama, tmp_path / "tuned", "lora")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # nothing is loaded before the message
     task = [] if "--evaluate" in flags else ["--task", "listops_short"]
     assert command.main(["--base", tiny_llama, "--tuned", tuned, *task, "-o", str(tmp_path / "out"), *flags]) == 2

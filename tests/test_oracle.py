@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from analysis_pairs import load_quantized, random_texts, save_pair, tuned_blocks, with_adapter
+from analysis_models import load_quantized, random_texts, save_tuned, tuned_blocks, with_adapter
 from tiny import DECODERS, inputs, logits, make
 
 from peft_steer.analysis import command
@@ -154,7 +154,7 @@ def test_spectra_are_of_what_is_added_and_of_tokens_alone():
 
 
 def test_the_command(tiny_llama, tmp_path, capsys):
-    tuned = save_pair(tiny_llama, tmp_path / "tuned", "lora")
+    tuned = save_tuned(tiny_llama, tmp_path / "tuned", "lora")
     arguments = ["--base", tiny_llama, "--tuned", tuned, "--task", "listops_short", "--num-texts", "24"]
     arguments += ["--held-out", "4", "--new_tokens", "3", "--batch_size=6", "-o", str(tmp_path / "out")]
     assert command.main(["oracle", *arguments]) == 0
