@@ -40,7 +40,12 @@ def load_task(
 
     Raises:
         ValueError: If no task has that name, if it is a group of tasks, or if it never has examples.
+        FileNotFoundError: If there is no folder `include_path`.
     """
+    if include_path and not Path(include_path).is_dir():  # lm-eval would say nothing
+        raise FileNotFoundError(f"include_path: there is no folder {include_path!r}")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot is {num_fewshot}, it must be at least 0")
     paths = [str(OUR_TASKS), *([include_path] if include_path else [])]
     manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
     if name not in manager.all_tasks:  # lm-eval's thousands of files are read only when they are needed

@@ -89,7 +89,8 @@ def test_refused(tiny_llama, adapter, tmp_path, capsys):
     plain.save_pretrained(tmp_path / "plain")
     for words, message in (
         (["--adapter", str(tmp_path / "plain"), "--task", "listops_short"], "not a joint one"),
-        (["--adapter", adapter, "--task", "listopps"], "did you mean 'listops'"),
+        (["--adapter", str(tmp_path), "--task", "listops"], "has no adapter_config.json that PEFT can read"),
+        (["--adapter", adapter, "--task", "listops", "--num_fewshot", "1"], "task 'listops' says 0"),
         (["--adapter", adapter, "--task", "listops", "--limit", "0"], "--limit is 0"),
     ):
         assert main(["joint", "--base", tiny_llama, *words, "--output", str(tmp_path)]) == 2

@@ -53,8 +53,11 @@ def run_module(name: str, prog: str, argv: list[str]) -> int:
     logging.getLogger("peft_steer").setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about PEFT's use of its names
+    args = parser.parse_args(argv)
     try:
-        module.run(parser.parse_args(argv))
+        if args.output.is_file():
+            raise NotADirectoryError(f"--output: {str(args.output)!r} is a file; name a directory")
+        module.run(args)
     except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

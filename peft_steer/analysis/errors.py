@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from . import allocation
 from .growth import Tail, gains
-from .moments import Moments
+from .moments import Moments, say_if_singular
 from .output import write_figure, write_table
 from .pairs import Pair, add_pair_arguments, blocks_of, find_base, find_pair
 from .terms import Terms
@@ -111,6 +111,7 @@ def own_changes(pair: Pair, texts: Texts) -> list[torch.Tensor]:
             if i == len(moments):
                 moments.append(Moments(h.shape[-1], h.device))
             moments[i].add((target - h) / h.norm(dim=-1, keepdim=True))
+    say_if_singular(moments[-1], "what each block has to add")
     return [torch.linalg.eigvalsh(each.square / each.n).flip(0).clamp(min=0).cpu() for each in moments]
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from lm_eval.api.task import ConfigurableTask
 from matplotlib.figure import Figure
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 from lm_eval_tasks.model import PeftSteerLM
 
@@ -27,7 +27,7 @@ from ..joint.layer import JointSteerLayer
 from ..joint.projection import JointLowRank
 from ..scoring import score
 from .output import write_figure, write_table
-from .pairs import add_base_arguments, check_adapter, find_base
+from .pairs import add_base_arguments, check_adapter, find_base, read_adapter_config
 
 
 HALVES = ("neither", "lora", "steer", "both")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         if (number := getattr(args, name)) is not None and number < 1:
             raise ValueError(f"--{name} is {number}, it must be at least 1")
     source = find_base(args)
-    config = PeftConfig.from_pretrained(args.adapter)
+    config = read_adapter_config(args.adapter, "--adapter")
     if not isinstance(config, JointSteerLoraConfig):
         raise ValueError(f"--adapter: {args.adapter!r} is a {config.peft_type.value} adapter, not a joint one")
     check_adapter(source.base, args.base, args.adapter, "--adapter")

@@ -1,6 +1,11 @@
 """First and second moments of hidden states, accumulated in float64: their size does not depend on the text's."""
 
+import logging
+
 import torch
+
+
+logger = logging.getLogger(__name__)
 
 
 class Moments:
@@ -36,6 +41,19 @@ class Moments:
     def covariance(self) -> torch.Tensor:
         """`(d, d)`, `E (x - mean)(x - mean)^T`."""
         return self.square / self.n - torch.outer(self.mean, self.mean)
+
+
+def say_if_singular(moments: Moments, label: str) -> None:
+    """Logs that the moments of no more vectors than dimensions know nothing of the other directions."""
+    if moments.n <= (d := len(moments.total)):
+        logger.warning(
+            "The moment matrix of %s is singular: %d vectors of width %d show no more than %d directions. More text "
+            "shows the others.",
+            label,
+            moments.n,
+            d,
+            moments.n,
+        )
 
 
 def spectrum(moments: Moments, ranks: tuple[int, ...]) -> dict[str, float]:

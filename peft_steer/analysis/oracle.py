@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from .distance import Distance
 from .generation import continuations
-from .moments import Moments, spectrum
+from .moments import Moments, say_if_singular, spectrum
 from .output import write_figure, write_table
 from .pairs import Pair, add_pair_arguments, blocks_of, find_pair
 from .steering import Place, edited, oracle, record
@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.new_tokens < 1:
+        raise ValueError(f"--new_tokens is {args.new_tokens}, it must be at least 1")
     source = find_pair(args)
     texts, held_out = load_texts(args, source.tokenizer)
     pair = source.load()
@@ -86,6 +88,9 @@ def measure(pair: Pair, texts: Texts) -> tuple[pd.DataFrame, pd.DataFrame]:
             if name == "none":
                 for (_, i), h in states.items():
                     vectors[UNSTEERED, i].add(batch, h, targets["block", i] - h)
+    if not missed["none"]:
+        raise ValueError("the tuned model does on this text what the base does: there is nothing to steer by")
+    say_if_singular(vectors[last].moments, "each dh")
     rows = [
         {"site": name, **distances[name].summary(), "final_error": (missed[name] / missed["none"]) ** 0.5}
         for name in distances

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,6 +26,8 @@ from transformers import (
 import peft_steer  # noqa: F401  (registers the tuner types)
 from peft_steer.models import find_model
 from peft_steer.sites import Block, select_blocks
+
+from .blame import blaming
 
 
 logger = logging.getLogger(__name__)
@@ -113,10 +118,10 @@ def add_pair_arguments(parser: argparse.ArgumentParser, required: bool = True) -
 
 
 def find_base(args: argparse.Namespace) -> BaseSource:
-    """Finds `--base`. Only its tokenizer is read.
+    """Finds `--base`. Only its configuration and its tokenizer are read.
 
     Raises:
-        ValueError: If the flags contradict each other.
+        ValueError: If the flags contradict each other, or it is no causal language model with a tokenizer.
         OSError: If there is no such model.
     """
     if args.load_in_4bit and args.load_in_8bit:
@@ -129,9 +134,14 @@ def find_base(args: argparse.Namespace) -> BaseSource:
     elif args.load_in_8bit:
         model_kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     base = find_model(args.base).path
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    config = _read_config(base, "--base")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"--base: {args.base!r} is a {config.model_type} model; it must be a causal language model")
+    tokenizer = _read_tokenizer(base, "--base")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"--base: the tokenizer of {args.base!r} has neither an end nor a padding token; give it one")
     return BaseSource(base, model_kwargs, tokenizer)
 
 
@@ -139,8 +149,8 @@ def find_pair(args: argparse.Namespace) -> PairSource:
     """Finds and checks `--base` and `--tuned`. Only configurations, tokenizers and an adapter's weights are read.
 
     Raises:
-        ValueError: If they differ in architecture, width, depth, vocabulary or tokenizer, if the adapter does not fit
-            the base or adds tokens to the sequence, or if the flags contradict each other.
+        ValueError: If they differ in architecture, width, depth, vocabulary or tokenizer, if the adapter cannot be
+            read, does not fit the base or adds tokens to the sequence, or if the flags contradict each other.
         OSError: If there is no such model.
     """
     source = find_base(args)
@@ -170,7 +180,7 @@ def check_adapter(base: str, base_name: str, adapter: str, flag: str) -> None:
     """Raises `ValueError`, naming `flag`, unless the adapter in the directory (or hub repository) `adapter` fits the
     model `base` (called `base_name` by the user): its tensors are put into the base's modules without memory (on the
     meta device)."""
-    config = PeftConfig.from_pretrained(adapter)
+    config = read_adapter_config(adapter, flag)
     if config.is_prompt_learning:
         raise ValueError(
             f"{flag}: {adapter!r} is a {config.peft_type.value} adapter, which adds tokens of its own: its hidden "
@@ -179,22 +189,31 @@ def check_adapter(base: str, base_name: str, adapter: str, flag: str) -> None:
     recorded = config.base_model_name_or_path
     if recorded and recorded not in (base, base_name):
         logger.warning("%s: %s was made for %s and is put on %s.", flag, adapter, recorded, base_name)
-    found = set(load_peft_weights(adapter, device="cpu"))
+    with blaming(flag, adapter, "has no adapter weights that can be read", SafetensorError, RuntimeError):
+        found = set(load_peft_weights(adapter, device="cpu"))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copying to the meta device does nothing, says torch of every tensor
         model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-        try:
+        with blaming(flag, adapter, f"does not belong to the base {base!r}", RuntimeError):
             model = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{flag}: the adapter {adapter!r} does not belong to the base {base!r}: {error}"
-            ) from error
-    extra = found - set(get_peft_model_state_dict(model))
+    places = set(get_peft_model_state_dict(model))
+    extra, lacking = found - places, {name for name in places - found if model.base_model.prefix in name}
     if extra:
         raise ValueError(
-            f"{flag}: the adapter {adapter!r} does not belong to the base {base!r}, which has no place for "
-            f"{len(extra)} of its {len(found)} tensors, such as {min(extra)!r}"
+            f"{flag}: {adapter!r} does not belong to the base {base!r}, which has no place for {len(extra)} of its "
+            f"{len(found)} tensors, such as {min(extra)!r}"
         )
+    if lacking:
+        raise ValueError(
+            f"{flag}: {adapter!r} does not belong to the base {base!r} or is damaged: it lacks "
+            f"{len(lacking)} of {len(places)} tensors, such as {min(lacking)!r}"
+        )
+
+
+def read_adapter_config(adapter: str, flag: str) -> PeftConfig:
+    """The configuration of an adapter; `ValueError`, naming `flag`, if it cannot be read."""
+    with blaming(flag, adapter, "has no adapter_config.json that PEFT can read", TypeError, KeyError):
+        return PeftConfig.from_pretrained(adapter)
 
 
 def _is_adapter(path: str) -> bool:
@@ -209,7 +228,7 @@ def _is_adapter(path: str) -> bool:
 
 
 def _check_configs(base: str, tuned: str) -> None:
-    ours, theirs = (AutoConfig.from_pretrained(path).get_text_config() for path in (base, tuned))
+    ours, theirs = (_read_config(path, "--tuned").get_text_config() for path in (base, tuned))
     for name in _SAME:
         if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(
@@ -219,13 +238,23 @@ def _check_configs(base: str, tuned: str) -> None:
 
 
 def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, tuned: str, is_adapter: bool) -> None:
-    if is_adapter and not (Path(tuned) / "tokenizer_config.json").is_file():
-        return
-    if AutoTokenizer.from_pretrained(tuned).get_vocab() != tokenizer.get_vocab():
+    if (is_adapter or Path(tuned).is_dir()) and not (Path(tuned) / "tokenizer_config.json").is_file():
+        logger.info("%s has no tokenizer: it is taken to read the base's tokens", tuned)
+    elif _read_tokenizer(tuned, "--tuned").get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"--tuned: {tuned!r} has another tokenizer than the base {tokenizer.name_or_path!r}: they do not read the "
-            "same tokens"
+            "same tokens. Give the base that it was trained from"
         )
+
+
+def _read_config(path: str, flag: str) -> PreTrainedConfig:
+    with blaming(flag, path, "is no model: no directory with its config.json, no hub id that can be reached"):
+        return AutoConfig.from_pretrained(path)
+
+
+def _read_tokenizer(path: str, flag: str) -> PreTrainedTokenizerBase:
+    with blaming(flag, path, "has no tokenizer that can be loaded; save it there, beside the model"):
+        return AutoTokenizer.from_pretrained(path)
 
 
 def _load(path: str, model_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -17,8 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_steer import needs_prompts, tasks
 
+from .blame import blaming
+
 
 logger = logging.getLogger(__name__)
+
+_OF_TASKS = ("include_path", "num_fewshot")
+_OF_DATASETS = ("dataset_config", "split")
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, held_out: bool = True) -
         "`text`, or `prompt` and `completion`",
     )
     add("--dataset_config", metavar="NAME", help="the data set's configuration")
-    add("--split", default="train", help="the data set's split (default: train)")
+    add("--split", metavar="NAME", help="the data set's split (default: train)")
     add("--num_texts", type=int, default=256, help="at most so many texts (default: 256)")
     if held_out:
         add("--held_out", type=int, default=64, help="as many more for what is measured on unseen text (default: 64)")
@@ -127,44 +132,51 @@ def add_text_arguments(parser: argparse.ArgumentParser, held_out: bool = True) -
     add("--seed", type=int, default=0, help="of which texts are taken")
 
 
-def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, least: int = 2) -> tuple[Texts, Texts]:
+def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, Texts]:
     """Texts to compute from, and others to measure on, drawn by `--seed`.
 
     Args:
         args: The flags of [`add_text_arguments`].
         tokenizer: With a padding token.
-        least: Tokens that the analysis needs.
 
     Raises:
-        ValueError: If not exactly one of `--task` and `--dataset` is given, a number is too small, columns are
-            missing, or the text has fewer than `least` tokens.
+        ValueError: If not exactly one of `--task` and `--dataset` is given, or a flag of the other, if a number is too
+            small, if columns are missing, or if there are fewer texts than one, or five where some are held out.
         OSError: If there is no such data set.
     """
-    if (args.task is None) == (args.dataset is None):
-        raise ValueError("--task, --dataset: give one of them")
-    least_of = {"num_texts": 1, "batch_size": 1, "max_length": 2} | ({} if args.held_out is None else {"held_out": 1})
-    for name, smallest in least_of.items():
-        if getattr(args, name) < smallest:
-            raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least {smallest}")
+    _check(args)
     given = _of_task(args) if args.task is not None else _of_dataset(args)
     rows = [row for row in (_encode(*pair, tokenizer, args.max_length) for pair in given) if row is not None]
+    source = f"--task: {args.task!r}" if args.task is not None else f"--dataset: {args.dataset!r}"
+    needed = 1 if args.held_out is None else 5
+    if len(rows) < needed:
+        raise ValueError(
+            f"{source} gives {len(rows)} texts of two or more tokens and with an answer to each prompt, and at least "
+            f"{needed} are needed; give more or longer texts, or raise --num_texts or --max_length"
+        )
     held_out = min(args.held_out or 0, len(rows) // 5)
-    if args.held_out is not None and not held_out:
-        raise ValueError(f"{args.task or args.dataset}: {len(rows)} texts of two or more tokens; it takes at least 5")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = [
         Texts(part, args.batch_size, tokenizer.pad_token_id, device) for part in (rows[held_out:], rows[:held_out])
     ]
-    if texts[0].num_tokens < least:
-        raise ValueError(
-            f"{args.task or args.dataset}: {len(texts[0].rows)} texts have {texts[0].num_tokens} tokens, and at least "
-            f"{least} are needed; raise --num_texts or --max_length, or give more text"
-        )
     logger.info(
         "%d texts (%d tokens), and %d (%d tokens) held out",
         *(n for part in texts for n in (len(part.rows), part.num_tokens)),
     )
     return texts[0], texts[1]
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.task is None) == (args.dataset is None):
+        raise ValueError("--task, --dataset: give one of them")
+    others, remedy = (_OF_DATASETS, "--dataset") if args.dataset is None else (_OF_TASKS, "--task")
+    for name in others:
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name} is {value!r}, which goes with {remedy}; give that, or leave it out")
+    least_of = {"num_texts": 1, "held_out": 1, "batch_size": 1, "max_length": 2, "seed": 0}
+    for name, smallest in least_of.items():
+        if (value := getattr(args, name)) is not None and value < smallest:
+            raise ValueError(f"--{name} is {value}, it must be at least {smallest}")
 
 
 def _of_task(args: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
@@ -176,24 +188,34 @@ def _of_task(args: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
     return ((pairs[i]["prompt"], pairs[i]["completion"], end) for i in order)
 
 
-def _of_dataset(args: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
-    for name in ("include_path", "num_fewshot"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name}: is about a task; give one with --task")
+def _of_dataset(args: argparse.Namespace) -> list[tuple[str, str, bool]]:
     path = Path(args.dataset)
-    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "text")
-    source = {"path": kind, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
-    data = datasets.load_dataset(**source, name=args.dataset_config, split=args.split, streaming=True)
-    columns = set(data.column_names or next(iter(data), {}))
+    source: dict[str, Any] = {"path": args.dataset, "name": args.dataset_config}
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"--dataset: {args.dataset!r} is an empty file")
+        if args.dataset_config is not None:
+            raise ValueError(f"--dataset_config is {args.dataset_config!r}, and the file {args.dataset!r} has none")
+        kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "text")
+        source = {"path": kind, "data_files": args.dataset}
+        if kind == "csv":  # else answers that look like numbers become numbers, and "NA" becomes nothing
+            source |= {"converters": dict.fromkeys(("text", "prompt", "completion"), str), "keep_default_na": False}
+    with blaming("--dataset", args.dataset, "cannot be read"):
+        data = datasets.load_dataset(**source, split=args.split or "train", streaming=True)
+        columns = set(data.column_names or next(iter(data), {}))
+    if not columns:
+        raise ValueError(f"--dataset: {args.dataset!r} has no rows")
     if "text" not in columns and not {"prompt", "completion"} <= columns:
         raise ValueError(
-            f"--dataset: {args.dataset!r} has the columns {sorted(columns)}, not `text`, or `prompt` and `completion`"
+            f"--dataset: {args.dataset!r} has the columns {sorted(columns)}; it needs `text`, or `prompt` and "
+            "`completion`"
         )
-    data = data.shuffle(seed=args.seed, buffer_size=10_000)
     names = ("text",) if "text" in columns else ("prompt", "completion")
-    cells = ([str(row[name]) for name in names] for row in data)  # (a csv file's answers may be read as numbers)
-    pairs = (("" if len(cell) == 1 else cell[0], cell[-1], False) for cell in cells)
-    return islice((pair for pair in pairs if pair[1].strip()), args.num_texts + (args.held_out or 0))
+    with blaming("--dataset", args.dataset, "cannot be read"):
+        rows = ([row[name] for name in names] for row in data.shuffle(seed=args.seed, buffer_size=10_000))
+        cells = ([str(cell) for cell in row] for row in rows if None not in row)
+        pairs = (("" if len(cell) == 1 else cell[0], cell[-1], False) for cell in cells)
+        return list(islice((pair for pair in pairs if pair[1].strip()), args.num_texts + (args.held_out or 0)))
 
 
 def _encode(

@@ -52,7 +52,7 @@ def measure(pair: Pair, texts: Texts) -> pd.DataFrame:
     """Two rows a block, `of` the change of the `"stream"` and of the block's `"own"`; columns as the module says.
 
     Raises:
-        ValueError: If a block's output is not the sum of its terms.
+        ValueError: If a block's output is not the sum of its terms, or no block's output changes.
     """
     before, after = Terms(blocks_of(pair.base)), Terms(blocks_of(pair.tuned))
     sums = {name: [_Block() for _ in before.blocks] for name in ("stream", "own")}
@@ -66,6 +66,8 @@ def measure(pair: Pair, texts: Texts) -> pd.DataFrame:
                 pair.tuned(**batch.inputs(pair.tuned))
             for i, block in enumerate(sums[name]):
                 block.add(before.of(i, present), after.of(i, present))
+    if not any(block.changed for block in sums["stream"]):
+        raise ValueError("the tuned model does on this text what the base does: there is no change to look at")
     return pd.DataFrame(
         {"of": name, "block": i, **block.summary()} for name, blocks in sums.items() for i, block in enumerate(blocks)
     )
