@@ -170,8 +170,7 @@ class SteerConfig(PeftConfig):
         if not self.tie_weights and len(split(self.positions)) < 2:
             raise ValueError(
                 f"`tie_weights=False` contradicts `positions={self.positions!r}`: only first and last tokens "
-                f"together, "
-                "such as positions='f7+l7', can have edits of their own."
+                "together, such as positions='f7+l7', can have edits of their own."
             )
         if not self.tie_weights and self.kind in HEAD_KINDS:
             raise ValueError(

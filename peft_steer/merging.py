@@ -21,8 +21,8 @@ def plan_merge(
 
     A fixed vector, and any edit without an activation of an MLP's or attention's output, is an affine function of what
     one linear layer returns, unless a norm stands between them; at the heads, of what one reads. Nothing else is, and
-    a merge that changed nothing
-    would be worse than none: generation from "merged" weights would come from the base model.
+    a merge that changed nothing would be worse than none: generation from "merged" weights would come from the base
+    model.
 
     Args:
         model: the model that holds the layers.

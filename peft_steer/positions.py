@@ -3,8 +3,7 @@
 - `"all"`: every token, padding too. It needs no mask;
 - `"last"`: the last token of the prompt;
 - `"f7+l7"`, `"f3"`, `"l5"`, ...: the first and the last tokens of the prompt (ReFT, arXiv 2404.03592, section 4.1).
-Each
-  count is capped at `n // 2` for a prompt of `n` tokens, so that the two never overlap;
+  Each count is capped at `n // 2` for a prompt of `n` tokens, so that the two never overlap;
 - `"prompt"`, `"completion"`: every token before, or after, the prompt's end.
 
 The embedding of padding is steered by `"all"` alone. Where a prompt ends is found in `prompts.py`.
@@ -40,8 +39,7 @@ def check_positions(positions: str) -> None:
     if positions not in ("all", "last", "prompt", "completion") and not is_ends(positions):
         raise ValueError(
             f"`positions={positions!r}` is unknown; choose 'all', 'last', 'prompt', 'completion', or the first and "
-            f"last "
-            "tokens of the prompt, such as 'f7+l7', 'f3' or 'l5'."
+            "last tokens of the prompt, such as 'f7+l7', 'f3' or 'l5'."
         )
 
 

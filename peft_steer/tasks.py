@@ -120,8 +120,7 @@ def dpo_dataset(task: ConfigurableTask, split: str = "train", seed: int = 0, **c
 
     Raises:
         ValueError: If there is no such split, if it is the evaluated one, or if the task has no choices that follow
-        one
-            prompt.
+            one prompt.
     """
     docs = docs_of(task, split, ("multiple_choice", "generate_until"))
     if task.config.doc_to_choice is None:

@@ -73,7 +73,7 @@ def check_stacks(model: nn.Module, positions: str, names: Iterable[str]) -> None
     if wrong:
         raise ValueError(
             f"`positions={positions!r}` has no token at {wrong[0]!r}: in {type(model).__name__} the encoder has the "
-            f"prompt and the decoder the completion. Choose the blocks of one of them, such as "
+            "prompt and the decoder the completion. Choose the blocks of one of them, such as "
             f"`target_modules=r'.*{'decoder' if positions == 'completion' else 'encoder'}.*\\.\\d+'`."
         )
 

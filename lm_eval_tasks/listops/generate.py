@@ -58,9 +58,8 @@ def load(
     shortest = 4 if brackets else 3
     if not operators or max_depth < 1 or max_args < 2 or max_symbols < max(shortest, min_symbols):
         raise ValueError(
-            f"ListOps needs operators, max_depth >= 1, max_args >= 2 and max_symbols >= {shortest} and >= "
-            f"min_symbols, "
-            f"got {operators=}, {max_depth=}, {max_args=}, {min_symbols=}, {max_symbols=}"
+            f"ListOps needs operators, max_depth >= 1, max_args >= 2 and max_symbols >= {shortest} and "
+            f">= min_symbols, got {operators=}, {max_depth=}, {max_args=}, {min_symbols=}, {max_symbols=}"
         )
     wanted = dict(zip(SPLITS, (n_train, n_validation, n_test), strict=True))
     found: dict[str, dict[str, int]] = {split: {} for split in SPLITS}

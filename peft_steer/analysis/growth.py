@@ -4,8 +4,7 @@ Steering blocks one after another leaves an error at each; the later blocks pass
 growth of errors). With `h` the block's output, `(tokens, d)`, and `F(h)` the last hidden state, which the language
 model head reads, an error `e` becomes `J e` to first order, `J = dF/dh`. Errors are relative, token by token: `e_t /
 |h_t|` before and `(J e)_t / |F_t|` after, so that gains of blocks of different scale can be compared. `J` is never
-built:
-`J e` is an exact JVP, `J^T e` a VJP.
+built: `J e` is an exact JVP, `J^T e` a VJP.
 """
 
 from collections.abc import Callable, Iterator

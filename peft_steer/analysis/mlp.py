@@ -49,8 +49,7 @@ def find_mlp(block: Block) -> Mlp:
         if not output:
             raise ValueError(
                 f"the MLP {block.name}.{name} ({type(module).__name__}) does not end in one linear layer, as a GLU "
-                f"and "
-                "a plain MLP do; a mixture of experts has no single Jacobian that steering could be compared with"
+                "and a plain MLP do; a mixture of experts has no single Jacobian to compare steering with"
             )
         takes_residual = "residual" in inspect.signature(module.forward).parameters
         return Mlp(module, module, output, takes_residual)
@@ -72,8 +71,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     if any(isinstance(m, SteerLayer) for m in module.modules()):
         raise ValueError(
             "the tuned model's MLPs are steered: their activations are edited, not their weights. Compare with a "
-            "model "
-            "or adapter that changes weights, such as LoRA"
+            "model or adapter that changes weights, such as LoRA"
         )
     if isinstance(module, BaseTunerLayer):
         return _merged(module)

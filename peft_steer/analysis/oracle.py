@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     write_figure(args.output, "spectra", spectra_figure(spectra))
     print(distances.to_markdown(index=False, floatfmt=".3g"))
     print(
-        f"Steered at the block, the base generates what the tuned model does after "
+        "Steered at the block, the base generates what the tuned model does after "
         f"{facts['same_generations']:.1%} of {len(held_out.rows)} prompts. Spectra and figures: {args.output}"
     )
 

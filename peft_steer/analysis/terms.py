@@ -68,8 +68,7 @@ class Terms:
                 raise ValueError(
                     f"the output of block {block.name!r} ({type(block.module).__name__}) is not its input plus its "
                     f"attention's output plus its MLP's (it differs by {error:.1%}), as in post-norm or scaled "
-                    f"blocks: "
-                    "there are no shares of it to tell"
+                    "blocks: there are no shares of it to tell"
                 )
 
     def _keep(self, i: int, position: int) -> Callable:

@@ -177,8 +177,8 @@ class JointSteerLoraModel(Strength, LoraModel):
         if self._steer_layers():
             raise ValueError(
                 "The steering half of a joint adapter cannot be merged: it reads the skip connection, which is no "
-                "linear layer's output. `merge_lora_and_unload()` folds in the LoRA half and keeps the other as "
-                "an adapter; `unload()` removes both."
+                "linear layer's output. `merge_lora_and_unload()` folds in the LoRA half and keeps the other as an "
+                "adapter; `unload()` removes both."
             )
         super()._check_merge_allowed()
 
