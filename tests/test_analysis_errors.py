@@ -11,7 +11,7 @@ from analysis_models import analyze, pair_of, random_texts
 
 from peft_steer import PostBlockSteerConfig
 from peft_steer.analysis.allocation import by_energy, by_gain
-from peft_steer.analysis.errors import own_changes
+from peft_steer.analysis.errors import measure, own_changes
 from peft_steer.analysis.growth import Tail, gains
 from peft_steer.analysis.pairs import blocks_of
 
@@ -36,8 +36,11 @@ def relative_jacobian(tail: Tail, i: int, row: int) -> torch.Tensor:
 
 def test_gains_are_those_of_the_jacobian():
     tail, mask = tail_of(), torch.ones(2, 7, dtype=torch.bool)
-    largest, _ = gains(tail, 0, mask, iterations=25, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tail.model.norm.weight.copy_(torch.linspace(0.1, 3, tiny.D))  # else all tokens are of the same length
+    largest, typical = gains(tail, 0, mask, iterations=25, generator=torch.Generator().manual_seed(0))
     draws = [gains(tail, 0, mask, 1, torch.Generator().manual_seed(seed))[1] for seed in range(12)]
+    assert torch.equal(typical, draws[0])
     for row in range(2):
         J = relative_jacobian(tail, 0, row)
         assert largest[row].item() == pytest.approx(torch.linalg.matrix_norm(J, 2).item(), rel=1e-3)
@@ -87,7 +90,7 @@ def test_models_without_forward_derivatives_are_refused():
 
 
 def test_ranks_by_energy_leave_out_the_least():
-    spectra = [torch.tensor(values) for values in ([9.0, 4.0, 1.0, 0.5], [3.0, 0.2, 0.1, 0.0], [5.0, 4.9, 4.8, 0.1])]
+    spectra = [torch.tensor(values) for values in ([9.0, 4.0, 1.0, 0.5], [3.0, 0.5, 0.1, 0.0], [5.0, 4.9, 4.8, 0.1])]
     gain = [1.0, 3.0, 0.8]
 
     def left(ranks):
@@ -101,13 +104,33 @@ def test_ranks_by_gain_follow_the_gains():
     assert by_gain([1.0, 2.0, 5.0], 8) == [3, 6, 15]
     assert by_gain([1e-9, 1.0, 1.0], 2) == [1, 3, 2] or by_gain([1e-9, 1.0, 1.0], 2) == [1, 2, 3]
     assert by_gain([1e-9, 1e-9, 1.0], 1) == [1, 1, 1]
+    assert by_gain([3.1, 1.9, 1.0], 2) == [3, 2, 1]  # the largest remainder is rounded up
+    assert by_gain([0.2, 0.2, 3.0, 4.6], 2) == [1, 1, 2, 4]  # what is above its share gives to those at least 1
 
 
 def test_spectra_are_of_what_each_block_has_to_add():
-    pair = pair_of(adapter=PostBlockSteerConfig(r=2, kind="linear"))
-    for values in own_changes(pair, random_texts()):
+    pair, texts = pair_of(adapter=PostBlockSteerConfig(r=2, kind="linear")), random_texts()
+    spectra = own_changes(pair, texts)
+    for values in spectra:
         assert (values[:2] > 1e-6).all()
         assert (values[2:] < 1e-9).all()
+    for i, layer in enumerate(list(tiny.steer_layers(pair.tuned).values())[:2]):  # (the last state is given normed)
+        states = [pair.base(torch.tensor([ids]), output_hidden_states=True).hidden_states for ids, _ in texts.rows]
+        h = torch.cat([each[i + 1][0] for each in states]).double()
+        added = tiny.reference_delta(layer.steer_edit["default"], h) / h.norm(dim=-1, keepdim=True)
+        expected = torch.linalg.eigvalsh(added.T @ added / len(added)).flip(0)
+        torch.testing.assert_close(spectra[i][:2], expected[:2], rtol=1e-4, atol=0)
+
+
+def test_the_table_is_of_probes_that_are_spread_over_the_texts():
+    model, texts = tiny.make(), random_texts(rows=8)
+    table = measure(model, texts, probes=4, iterations=3, seed=5)
+    batch, generator = texts.batch(texts.rows[::2]), torch.Generator().manual_seed(5)
+    tail = Tail(model.get_decoder(), blocks_of(model), batch.inputs(model))
+    for i, row in table.iterrows():
+        largest, typical = gains(tail, i, batch.tokens, 3, generator)
+        assert row["largest"] == largest.max().item()
+        assert row["typical"] == pytest.approx(typical.square().mean().item() ** 0.5)
 
 
 @pytest.mark.parametrize("adapter", ["lora", None])

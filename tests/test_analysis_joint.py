@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from joint_models import joint
+from joint_models import by_qr, joint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,12 +39,17 @@ def test_chance_is_that_of_random_subspaces():
 
 
 def test_orthogonal_reading_is_seen_and_the_directions_are_the_right_ones():
-    model = joint(orthogonal="always")
+    model = joint(orthogonal="always", lora_alpha=12, steer_scale=0.5)
     tiny.randomize(model, std=0.5)
     table = overlaps(model)
     assert len(table) == 3
     assert (table["lora_steering_reads"] < 1e-9).all()
     layer = model.get_base_model().model.layers[1]
+    A, B = (getattr(layer.mlp.down_proj, name)["default"].weight.double() for name in ("lora_A", "lora_B"))
+    edit = layer.steering.steer_edit["default"]
+    size_steering = 0.5 * (edit.W_up.double() @ by_qr(edit.W_down, B)).norm()
+    assert table["size_lora"][1] == pytest.approx(12 / 4 * (B @ A).norm().item())
+    assert table["size_steering"][1] == pytest.approx(size_steering.item())
     with torch.no_grad():
         layer.steering.steer_edit["default"].W_up.copy_(layer.mlp.down_proj.lora_B["default"].weight)
     assert overlaps(model)["lora_steering_writes"].tolist()[1] == pytest.approx(1)

@@ -10,7 +10,7 @@ from analysis_models import analyze, pair_of, random_texts, with_adapter
 from peft import LoraConfig
 
 from peft_steer import SteerConfig
-from peft_steer.analysis.pairs import blocks_of
+from peft_steer.analysis.pairs import Pair, blocks_of
 from peft_steer.analysis.terms import TERMS, Terms
 from peft_steer.analysis.where import measure
 
@@ -28,13 +28,15 @@ def test_shares_are_those_of_the_equations():
     pair, texts = pair_of(), random_texts()
     table = measure(pair, texts).set_index(["of", "block"])
     tuned = pair.tuned.get_base_model()
-    i, found = 1, {"own": [], "stream": []}
+    i, found, outputs = 1, {"own": [], "stream": []}, []
     for ids, _ in texts.rows:
         ids = torch.tensor([ids])
         x, y = (m(ids, output_hidden_states=True).hidden_states[i] for m in (pair.base, tuned))
         base = terms_of_llama(pair.base, pair.base.model.layers[i], x)
+        outputs.append(base.sum(0))
         found["own"].append(terms_of_llama(tuned, tuned.model.layers[i], x) - base)
         found["stream"].append(terms_of_llama(tuned, tuned.model.layers[i], y) - base)
+    outputs = torch.cat(outputs)
     for name, changes in found.items():
         row, change = table.loc[name, i], torch.cat(changes, dim=1)
         total = change.sum(0)
@@ -45,6 +47,8 @@ def test_shares_are_those_of_the_equations():
             assert row[f"share_{term}"] == pytest.approx(share.mean().item(), abs=1e-4)
             assert row[f"reached_{term}"] == pytest.approx(reached.mean().item(), abs=1e-4)
             assert row[f"norm_{term}"] == pytest.approx(norm.item(), abs=1e-4)
+        size = (total.norm(dim=-1) / outputs.norm(dim=-1)).mean()
+        assert row["change"] == pytest.approx(size.item(), rel=1e-4)
     x, out = (hidden.double() for hidden in _hidden(pair.base, texts, i))
     mlp = pair.base.model.layers[i].mlp(pair.base.model.layers[i].post_attention_layernorm((x + out).float()))
     assert table.loc["own", i]["size_mlp"] == pytest.approx(
@@ -89,6 +93,19 @@ def test_post_norm_blocks_are_refused():
         model(**tiny.inputs())
     with pytest.raises(ValueError, match="not its input plus"):
         terms.check_sums(torch.ones(2, 7, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_scaled_blocks_are_refused():
+    config = tiny.tf.GraniteConfig(**tiny.SMALL, residual_multiplier=0.5)
+    base = tiny.tf.GraniteForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="not its input plus"):
+        measure(Pair(base, with_adapter(base), None), random_texts())
+
+
+def test_shares_are_of_the_tokens_that_change():
+    table = measure(pair_of(adapter=SteerConfig(r=4, positions="last")), random_texts()).set_index(["of", "block"])
+    assert table.loc["own", "share_edit"].tolist() == pytest.approx([1, 1, 1], abs=1e-3)
 
 
 def test_nothing_is_left_behind():

@@ -40,7 +40,7 @@ class Terms:
             for position, module in enumerate(modules, start=1):
                 handles.append(module.register_forward_hook(self._keep(i, position)))
             given = None if inputs is None else inputs[i]
-            handles.append(block.module.register_forward_pre_hook(self._enter(i, given), with_kwargs=True))
+            handles.append(block.module.register_forward_pre_hook(self._enter(i, given)))
         try:
             yield
         finally:
@@ -78,12 +78,8 @@ class Terms:
         return hook
 
     def _enter(self, i: int, given: torch.Tensor | None) -> Callable:
-        def hook(module, args, kwargs):
-            if given is not None and args:
-                args = (given, *args[1:])
-            elif given is not None:
-                kwargs = {**kwargs, "hidden_states": given}
-            self._values[i][0] = args[0] if args else kwargs["hidden_states"]
-            return args, kwargs
+        def hook(module, args):
+            self._values[i][0] = args[0] if given is None else given
+            return (self._values[i][0], *args[1:])
 
         return hook
