@@ -142,6 +142,18 @@ def test_quantized_weights_are_dequantized(bits, tmp_path):
     assert error < (1e-3 if bits == 4 else 3e-2)  # int8 rounds the activations too
 
 
+@pytest.mark.parametrize("state", ["biased", "disabled", "merged"])
+def test_what_an_adapter_does_is_in_the_copy(state):
+    config = LoraConfig(r=4, target_modules="all-linear", lora_bias=state == "biased")
+    model = with_adapter(tiny.make("gpt2" if state == "biased" else "llama"), config)
+    if state == "disabled":
+        model.base_model.disable_adapter_layers()
+    if state == "merged":
+        model.merge_adapter()
+    mlp, h = find_mlp(blocks_of(model)[1]).module, torch.randn(3, tiny.D)
+    torch.testing.assert_close(plain_copy(mlp)(h.double()).float(), mlp(h), atol=1e-5, rtol=1e-4)
+
+
 def test_the_inputs_are_those_of_the_mlps():
     model, texts = tiny.make(), random_texts(4, batch_size=2)
     found = inputs(model, texts, 4, seed=0)
@@ -162,6 +174,7 @@ def test_the_inputs_are_those_of_the_mlps():
         ("mixtral", "lora", "mixture of experts"),
         ("llama", SteerConfig(r=2, site="mlp"), "steered"),
         ("llama", LoraConfig(target_modules="all-linear", use_dora=True), "DoRA"),
+        ("llama", LoraConfig(target_modules="all-linear", lora_bias=True), "a bias .* they do not have in the base"),
     ],
 )
 def test_refused(architecture, adapter, message):

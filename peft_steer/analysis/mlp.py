@@ -122,6 +122,11 @@ def _merged(layer: BaseTunerLayer) -> nn.Module:
                 "into the base and give the merged model as the tuned one"
             )
         base.weight += _delta(layer, name).to(base.weight.device)
+        if layer.lora_bias[name] and base.bias is None:
+            raise ValueError(
+                f"adapter {name!r} gives linear layers a bias (lora_bias) that they do not have in the base, which is "
+                "no change of a weight; train it without lora_bias to compare it"
+            )
         if layer.lora_bias[name]:
             base.bias += layer.lora_B[name].bias.detach().double() * layer.scaling[name]
     return base
