@@ -7,14 +7,18 @@ import pandas as pd
 import pytest
 import torch
 from analysis_models import load_quantized, random_texts, save_tuned, tuned_blocks, with_adapter
-from tiny import DECODERS, inputs, logits, make
+from tiny import DECODERS, VOCAB, inputs, logits, make
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from peft_steer.analysis import command
 from peft_steer.analysis.distance import Distance
+from peft_steer.analysis.generation import continuations
 from peft_steer.analysis.moments import Moments, spectrum
 from peft_steer.analysis.oracle import UNSTEERED, measure
 from peft_steer.analysis.pairs import Pair
 from peft_steer.analysis.steering import oracle, record
+from peft_steer.analysis.texts import Texts
 
 
 def distances(base, tuned) -> pd.DataFrame:
@@ -87,6 +91,27 @@ def test_generation_is_the_tuned_model_s(options):
     assert not torch.equal(plain.sequences, expected.sequences)
 
 
+def test_continuations_are_those_of_each_prompt_alone():
+    model = tuned_blocks(make(), std=0.3)  # (in the small one tokens hardly read each other)
+    rows = [([5, 17, 40, 8, 9, 61], 4), ([70, 12, 33, 4, 90], 2), ([23, 81, 7, 54, 66, 31, 28, 19], 1)]
+
+    def alone(ids: list[int], end: int = -1) -> list[int]:
+        for _ in range(5):
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+            if ids[-1] == end:
+                break
+        return ids
+
+    prompts = [rows[0][0][:4], rows[1][0][:2], rows[2][0][:4]]  # of a text without a prompt, the first half
+    end = alone(prompts[0])[6]
+    vocabulary = {f"<{i}>": i for i in range(VOCAB)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<3>")), eos_token=f"<{end}>"
+    )
+    found = continuations(model, Texts(rows, batch_size=3, pad=0, device="cpu"), tokenizer, new_tokens=5)
+    assert sorted(found.rows) == sorted((alone(prompt, end), len(prompt)) for prompt in prompts)
+
+
 def test_a_cache_from_outside_is_refused():
     base = make()
     cache = base(**inputs(), use_cache=True).past_key_values
@@ -137,8 +162,9 @@ def test_spectrum_is_the_plain_one():
 def test_spectra_are_of_what_is_added_and_of_tokens_alone():
     base, texts = make(), random_texts()
     tuned = with_adapter(base, "lora")
-    spectra = measure(Pair(base, tuned, None), texts)[1].set_index(["site", "block"])
-    differences, steps = [], []
+    found, spectra = measure(Pair(base, tuned, None), texts)
+    spectra = spectra.set_index(["site", "block"])
+    differences, steps, mlps, missed = [], [], [], []
     for ids, _ in texts.rows:  # each row by itself: no padding
         with record(base, ("block",)) as ours, record(tuned, ("block",)) as theirs, torch.no_grad():
             base(input_ids=torch.tensor([ids])), tuned(input_ids=torch.tensor([ids]))
@@ -146,6 +172,17 @@ def test_spectra_are_of_what_is_added_and_of_tokens_alone():
             angles = base.model.rotary_emb(theirs["block", 0], torch.arange(len(ids))[None])
             h = base.model.layers[1](theirs["block", 0], position_embeddings=angles, attention_mask=None)
             steps.append((theirs["block", 1] - h)[0])
+            last = theirs["block", 2] - ours["block", 2]
+        with oracle(base, tuned, ("mlp",)), record(base, ("block",)) as ours, torch.no_grad():
+            base(input_ids=torch.tensor([ids]))
+            missed.append(torch.stack([theirs["block", 2] - ours["block", 2], last])[:, 0])
+        with record(base, ("mlp",)) as ours, record(tuned, ("mlp",)) as theirs, torch.no_grad():
+            base(input_ids=torch.tensor([ids])), tuned(input_ids=torch.tensor([ids]))
+            mlps.append((theirs["mlp", 0] - ours["mlp", 0])[0])
+    steered, plain = torch.cat(missed, dim=1).double().square().sum((1, 2)).sqrt()
+    np.testing.assert_allclose(found.set_index("site").loc["mlp", "final_error"], steered / plain, rtol=1e-4)
+    rms = torch.cat(mlps).double().square().sum(1).mean().sqrt()
+    np.testing.assert_allclose(spectra.loc["mlp", 0]["rms"], rms, rtol=1e-5)
     for site, vectors in ((UNSTEERED, differences), ("block", steps)):
         x = torch.cat(vectors).double()
         np.testing.assert_allclose(spectra.loc[site, 1]["rms"], x.square().sum(1).mean().sqrt(), rtol=1e-5)
