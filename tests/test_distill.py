@@ -139,6 +139,8 @@ def test_the_command(tiny_llama, tmp_path, capsys):
         (["--r", "33"], "--r is 33, more than the hidden size 32"),
         (["--max-error", "0"], "--max_error is 0.0, it must be positive"),
         (["--ridge=-1"], "--ridge is -1.0, it must be at least 0"),
+        (["--from-scratch=0"], "--from_scratch is 0.0, it must be positive"),
+        (["--learning-rate=0"], "--learning_rate is 0.0, it must be positive"),
         (["--limit", "5"], "--limit is 5, it must be at least 1, with --evaluate"),
         (["--evaluate", "--dataset", "x"], "--evaluate is True, it must have a --task to score on"),
         (["--dataset", "x"], "--task, --dataset: give one of them"),

@@ -22,9 +22,10 @@ def pairs(n: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return x, (x / scales) @ weight + noise + 3
 
 
-def moments_of(x: torch.Tensor, y: torch.Tensor) -> PairMoments:
+def moments_of(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> PairMoments:
     moments = PairMoments(D)
-    for part in zip(x.split(17), y.split(17), strict=True):
+    weight = torch.ones(len(x)) if weight is None else weight
+    for part in zip(x.split(17), y.split(17), weight.split(17), strict=True):
         moments.add(*part)
     return moments
 
@@ -52,6 +53,18 @@ def test_every_rank_is_the_plain_regression(affine):
         np.testing.assert_allclose(residuals[r], ((y.numpy() - expected) ** 2).sum(1).mean(), rtol=1e-9)
         np.testing.assert_allclose(residuals_new[r], (y_new - edit(x_new)).square().sum(1).mean(), rtol=1e-9)
     assert torch.equal(edit.b, torch.zeros(D)) != affine
+
+
+def test_a_weight_counts_as_so_many_pairs():
+    x, y = pairs()
+    times = torch.arange(len(x)) % 3 + 1
+    weighted, repeated = (
+        moments_of(x, y, times),
+        moments_of(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0)),
+    )
+    maps, expected = fit(weighted), fit(repeated)
+    torch.testing.assert_close(maps.of_rank(2)(x), expected.of_rank(2)(x))
+    torch.testing.assert_close(maps.residuals(weighted), expected.residuals(repeated))
 
 
 def test_no_other_map_of_the_rank_is_better():

@@ -11,6 +11,8 @@ held-out text, of the distance between base and tuned model at the block's outpu
 
 import argparse
 import json
+import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,18 @@ from peft_steer.tasks import load_task
 
 from .command import run_module
 from .distance import Distance
-from .fitting import FittedBlock, fit_blocks
+from .fitting import FittedBlock, fit_blocks, load_fit, save_fit
 from .output import write
 from .pairs import Pair, PairSource, add_pair_arguments, find_pair
 from .texts import Texts, add_text_arguments, load_texts
 from .training import train_by_kl
+
+
+logger = logging.getLogger(__name__)
+
+_UNFINISHED = "unfinished"  # the folder of what an interrupted run goes on from
+_FIT = "fit.safetensors"
+_NOT_SETTINGS = ("output", "evaluate", "limit", "from_scratch")  # what may differ when it goes on
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--train_steps", type=int, default=0, help="steps by KL after the fit (default: 0)")
     add("--learning_rate", type=float, default=2e-4, help="of these steps (default: 2e-4)")
-    add("--from_scratch", action="store_true", help="train the same adapter from zero, as long as all this took")
+    add(
+        "--from_scratch",
+        type=float,
+        nargs="?",
+        const=2e-3,
+        metavar="RATE",
+        help="train the same adapter from zero, as long as all this took, at this learning rate (default: 2e-3, the "
+        "best for linear edits in recipes/bench/quickstart_rates.yaml)",
+    )
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="score base, tuned model and adapter on --task")
     add("--limit", type=int, help="documents to score them on (default: all)")
@@ -63,21 +80,24 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     source = find_pair(args)
     _check_against(args, source)
+    earlier = _earlier_fit(args)
     texts, held_out = load_texts(args, source.tokenizer)
     pair = source.load()
-    results, models = distill(pair, texts, held_out, args)
+    results, models = distill(pair, texts, held_out, args, earlier)
     results |= {"base": args.base, "tuned": args.tuned, "text": args.task or args.dataset, "tokens": texts.num_tokens}
     adapter = models["distilled"]
     adapter.peft_config["default"].base_model_name_or_path = source.base if Path(args.base).exists() else args.base
     adapter.save_pretrained(args.output)
     pair.tokenizer.save_pretrained(args.output)
+    _write(args, results)
     if args.evaluate:
         task, _ = load_task(args.task, args.include_path, args.num_fewshot)
         for name, model in models.items():
             harness = PeftSteerLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=args.batch_size)
             found = score(harness, task, args.limit)
             results["models"][name] |= {found["metric"]: found["score"], "stderr": found["stderr"], "n": found["n"]}
-    write(args.output / "distill.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+            _write(args, results)
+    shutil.rmtree(args.output / _UNFINISHED)
     print(pd.DataFrame(results["models"]).T.to_markdown(floatfmt=".4g"))
     ranks = [block["r"] for block in results["blocks"]]
     print(f"\n{len(ranks)} blocks of rank {min(ranks)} to {max(ranks)}, saved to {args.output}. To score it:")
@@ -86,30 +106,36 @@ def run(args: argparse.Namespace) -> None:
 
 
 def distill(
-    pair: Pair, texts: Texts, held_out: Texts, args: argparse.Namespace
+    pair: Pair,
+    texts: Texts,
+    held_out: Texts,
+    args: argparse.Namespace,
+    earlier: tuple[list[FittedBlock], float] | None,
 ) -> tuple[dict[str, Any], dict[str, nn.Module]]:
     """Fits, trains and measures, as the flags say.
+
+    Args:
+        earlier: The fit of an interrupted run, and the seconds it took.
 
     Returns:
         What to write to `distill.json`, and the models in it: `"base"`, `"tuned"`, `"distilled"` (a PEFT model) and,
         with `args.train_steps`, `"fitted"` (before the training), with `args.from_scratch`, `"from scratch"`.
     """
-    start = time.perf_counter()
-    blocks = fit_blocks(pair, texts, held_out, args.r, args.max_error, args.ridge)
+    folder = args.output / _UNFINISHED
+    blocks, fit_seconds = earlier or _fit(pair, texts, held_out, args)
     models: dict[str, nn.Module] = {"base": pair.base, "tuned": pair.tuned}
     if args.train_steps:
         models["fitted"] = adapter_of(pair, blocks)
     models["distilled"] = adapter_of(pair, blocks)
-    seconds, steps = {"fitted": time.perf_counter() - start}, {"distilled": args.train_steps}
+    seconds, steps = {"fitted": fit_seconds, "distilled": fit_seconds}, {"distilled": args.train_steps}
+    how = {"teacher": pair.tuned, "texts": texts, "seed": args.seed}
     if args.train_steps:
-        train_by_kl(models["distilled"], pair.tuned, texts, args.learning_rate, args.seed, steps=args.train_steps)
-    seconds["distilled"] = time.perf_counter() - start
+        at = {"learning_rate": args.learning_rate, "folder": folder / "training", "steps": args.train_steps}
+        seconds["distilled"] += train_by_kl(models["distilled"], **how, **at)[1]
     if args.from_scratch:
         models["from scratch"] = adapter_of(pair, blocks, empty=True)
-        limit = seconds["from scratch"] = seconds["distilled"]
-        steps["from scratch"] = train_by_kl(
-            models["from scratch"], pair.tuned, texts, args.learning_rate, args.seed, seconds=limit
-        )
+        at = {"learning_rate": args.from_scratch, "folder": folder / "scratch", "seconds": seconds["distilled"]}
+        steps["from scratch"], seconds["from scratch"] = train_by_kl(models["from scratch"], **how, **at)
     facts = {
         name: {
             "parameters": _size(model),
@@ -121,6 +147,34 @@ def distill(
     }
     rows = [{"name": b.name, "r": b.r, "error": b.error, "error_held_out": b.error_held_out} for b in blocks]
     return {"models": facts, "blocks": rows}, models
+
+
+def _fit(pair: Pair, texts: Texts, held_out: Texts, args: argparse.Namespace) -> tuple[list[FittedBlock], float]:
+    """The fit, which is kept in case of an interruption, and the seconds it took."""
+    start = time.perf_counter()
+    blocks = fit_blocks(pair, texts, held_out, args.r, args.max_error, args.ridge)
+    seconds = time.perf_counter() - start
+    save_fit(args.output / _UNFINISHED / _FIT, blocks, {"settings": _settings(args), "seconds": seconds})
+    return blocks, seconds
+
+
+def _earlier_fit(args: argparse.Namespace) -> tuple[list[FittedBlock], float] | None:
+    """What [`_fit`] kept in a run with the same settings that was interrupted."""
+    path = args.output / _UNFINISHED / _FIT
+    if not path.is_file():
+        return None
+    blocks, facts = load_fit(path)
+    if facts["settings"] != _settings(args):
+        raise ValueError(
+            f"--output: {path.parent} is of another run, with {facts['settings']}; give the same flags to go on with "
+            "it, delete it, or choose another directory"
+        )
+    logger.info("%s: a run that was interrupted goes on after its fit", path)
+    return blocks, facts["seconds"]
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
 
 
 def adapter_of(pair: Pair, blocks: list[FittedBlock], empty: bool = False) -> PeftModel:
@@ -157,6 +211,10 @@ def distances(pair: Pair, models: dict[str, nn.Module], texts: Texts) -> list[Di
     return found
 
 
+def _write(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    write(args.output / "distill.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+
+
 def _size(model: nn.Module) -> int:
     """Parameters of an adapter, or of a whole model."""
     tensors = get_peft_model_state_dict(model).values() if isinstance(model, PeftModel) else model.parameters()
@@ -169,6 +227,8 @@ def _check(args: argparse.Namespace) -> None:
         ("max_error", args.max_error, args.max_error is None or args.max_error > 0, "be positive"),
         ("ridge", args.ridge, args.ridge >= 0, "be at least 0"),
         ("train_steps", args.train_steps, args.train_steps >= 0, "be at least 0"),
+        ("learning_rate", args.learning_rate, args.learning_rate > 0, "be positive"),
+        ("from_scratch", args.from_scratch, args.from_scratch is None or args.from_scratch > 0, "be positive"),
         (
             "limit",
             args.limit,

@@ -1,11 +1,17 @@
 """A fine-tuned model as linear edits of the base's block outputs, in closed form, block after block."""
 
+import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .output import write
 from .pairs import Pair, blocks_of
 from .regression import LowRankMap, PairMoments, fit
 from .streams import streams
@@ -22,8 +28,10 @@ class FittedBlock:
     Attributes:
         name: Of the block's module.
         edit: `dh = W_up W_down h + b`.
-        error, error_held_out: What is left of the tuned model's distance from the base at this block's output:
-            `sqrt(E |h_tuned - h_steered|^2 / E |h_tuned - h_base|^2)`, on the text it was fitted to and on other text.
+        error, error_held_out: What is left of the tuned model's distance from the base at this block's output,
+            `sqrt(E w |h_tuned - h_steered|^2 / E w |h_tuned - h_base|^2)`, on the text it was fitted to and on other
+            text. The weight of a token is `w = 1 / |h_base|^2`: blocks read their input through a norm, and the few
+            tokens with enormous activations are no more important than others.
     """
 
     name: str
@@ -86,6 +94,27 @@ def fit_blocks(
     return fitted
 
 
+_TENSORS = ("W_down", "W_up", "b")
+
+
+def save_fit(path: Path, blocks: list[FittedBlock], facts: dict[str, Any]) -> None:
+    """Writes a fit to a safetensors file, with `facts` that JSON can hold."""
+    rows = [{"name": block.name, "error": block.error, "error_held_out": block.error_held_out} for block in blocks]
+    tensors = {f"{block.name}.{name}": getattr(block.edit, name).contiguous() for block in blocks for name in _TENSORS}
+    metadata = {"facts": json.dumps(facts), "blocks": json.dumps(rows)}
+    write(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def load_fit(path: Path) -> tuple[list[FittedBlock], dict[str, Any]]:
+    """The fit and the facts in a file of [`save_fit`]."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        return [
+            FittedBlock(edit=LowRankMap(*(file.get_tensor(f"{row['name']}.{name}") for name in _TENSORS)), **row)
+            for row in json.loads(metadata["blocks"])
+        ], json.loads(metadata["facts"])
+
+
 class _Part:
     """Moments of `(h, h_tuned - h)` on some batches, and the mean square of `h_tuned - h_base`."""
 
@@ -97,12 +126,14 @@ class _Part:
     def add(self, keep: torch.Tensor, *states: torch.Tensor) -> None:
         h, base, tuned = (state[keep] for state in states)
         self.moments = self.moments or PairMoments(h.shape[-1], h.device)
-        self.moments.add(h, tuned.double() - h.double())
-        self._change += (tuned.double() - base.double()).square().sum().item()
+        base, tuned = base.double(), tuned.double()
+        weight = 1 / base.square().sum(-1)
+        self.moments.add(h, tuned - h.double(), weight)
+        self._change += (weight * (tuned - base).square().sum(-1)).sum().item()
 
     @property
     def change(self) -> float:
-        return self._change / self.moments.n
+        return self._change / self.moments.weight
 
 
 def _smallest_rank(errors: torch.Tensor, max_error: float, name: str) -> int:

@@ -4,9 +4,11 @@
     peft-steer analyze linear ... --compare LOREFT_DIR POST_BLOCK_DIR
 
 The maps are the paper's linearized oracle (arXiv 2603.00425): fitted in closed form to `dh = h_tuned - h_base` along
-the tuned model's own stream, all blocks in one pass. "error" is `sqrt(E |dh - fit|^2 / E |dh|^2)` at each block; "kl"
-is that of the base steered by the maps at every block, on held-out text and along what the tuned model generates. The
-moments take 32 d^2 bytes a block.
+the tuned model's own stream, all blocks in one pass. "error" is `sqrt(E w |dh - fit|^2 / E w |dh|^2)` at
+each block, which the fit makes least, with the weight `w = 1 / |h|^2` of a token: the few tokens with enormous
+activations count no more than others.
+"kl" is that of the base steered by the maps at every block, on held-out text and along what the tuned model generates.
+The moments take 32 d^2 bytes a block.
 """
 
 import argparse
@@ -86,7 +88,7 @@ def fit_maps(
             continue
         for kind, ranked in maps.items():
             found = ranked[index] = fit(moments, kind == "affine", ridge, f"block {index}")
-            seen, new = ((found.residuals(each) / (each.yy / each.n)).sqrt() for each in (moments, unseen[index]))
+            seen, new = ((found.residuals(each) / (each.yy / each.weight)).sqrt() for each in (moments, unseen[index]))
             rows += [
                 {"block": index, "kind": kind, "r": r, "error": seen[r].item(), "error_held_out": new[r].item()}
                 for r in ranks
@@ -107,7 +109,8 @@ def _moments(pair: Pair, texts: Texts) -> dict[int, PairMoments]:
         def delta(place: Place, h: torch.Tensor, keep: torch.Tensor = keep) -> torch.Tensor:
             dh = targets[place] - h
             x, y = (state.reshape(-1, state.shape[-1])[keep] for state in (h, dh))
-            moments.setdefault(place[1], PairMoments(x.shape[-1], x.device)).add(x, y)
+            weight = 1 / x.double().square().sum(-1)
+            moments.setdefault(place[1], PairMoments(x.shape[-1], x.device)).add(x, y, weight)
             return dh
 
         with edited(pair.base, BLOCK, delta):

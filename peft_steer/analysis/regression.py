@@ -20,35 +20,37 @@ _RIDGE = 1e-6
 
 
 class PairMoments:
-    """First and second moments of pairs of vectors `(x, y)`, in float64: 16 d^2 bytes, whatever the text's length.
+    """First and second moments of weighted pairs of vectors `(x, y)`, in float64: 16 d^2 bytes, whatever the text's
+    length.
 
     Attributes:
-        n: Number of pairs.
+        n: Number of pairs. weight: Sum of their weights.
         x, y: `(d,)`, sums. xx: `(d, d)`, sum of `x x^T`. xy: `(d, d)`, sum of `x y^T`. yy: `(1,)`, sum of `|y|^2`.
     """
 
     def __init__(self, d: int, device: torch.device | str = "cpu"):
-        self.n = 0
+        self.n, self.weight = 0, 0.0
         self.x, self.y, self.xx, self.xy, self.yy = (
             torch.zeros(*shape, dtype=torch.float64, device=device) for shape in ((d,), (d,), (d, d), (d, d), (1,))
         )
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """`x`, `y`: `(n, d)`."""
-        x, y = x.double(), y.double()
+    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        """`x`, `y`: `(n, d)`; `weight`: `(n,)`."""
+        x, y, weight = x.double(), y.double(), weight.double()[:, None]
         self.n += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx.addmm_(x.T, x)
-        self.xy.addmm_(x.T, y)
-        self.yy += y.square().sum()
+        self.weight += weight.sum().item()
+        self.x += (weight * x).sum(0)
+        self.y += (weight * y).sum(0)
+        self.xx.addmm_(x.T, weight * x)
+        self.xy.addmm_(x.T, weight * y)
+        self.yy += (weight * y.square()).sum()
 
     def about(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Means of `(x_i - x)(x_i - x)^T`, of `(x_i - x)(y_i - y)^T` and of `|y_i - y|^2`, for given `x` and `y`."""
-        mean_x, mean_y = self.x / self.n, self.y / self.n
-        xx = self.xx / self.n - torch.outer(x, mean_x) - torch.outer(mean_x, x) + torch.outer(x, x)
-        xy = self.xy / self.n - torch.outer(x, mean_y) - torch.outer(mean_x, y) + torch.outer(x, y)
-        yy = self.yy / self.n - 2 * y @ mean_y + y @ y
+        mean_x, mean_y = self.x / self.weight, self.y / self.weight
+        xx = self.xx / self.weight - torch.outer(x, mean_x) - torch.outer(mean_x, x) + torch.outer(x, x)
+        xy = self.xy / self.weight - torch.outer(x, mean_y) - torch.outer(mean_x, y) + torch.outer(x, y)
+        yy = self.yy / self.weight - 2 * y @ mean_y + y @ y
         return xx, xy, yy.item()
 
 
@@ -113,9 +115,9 @@ def fit(moments: PairMoments, affine: bool = True, ridge: float = 0.0, label: st
     is given, and the log says so.
     """
     zero = torch.zeros_like(moments.x)
-    x, y = (moments.x / moments.n, moments.y / moments.n) if affine else (zero, zero)
+    x, y = (moments.x / moments.weight, moments.y / moments.weight) if affine else (zero, zero)
     xx, xy, _ = moments.about(x, y)
-    varies = xx.diagonal() > _SINGULAR * moments.xx.diagonal() / moments.n  # else what is left is rounding
+    varies = xx.diagonal() > _SINGULAR * moments.xx.diagonal() / moments.weight  # else what is left is rounding
     scale = torch.where(varies, xx.diagonal().rsqrt(), 0.0)
     values, Q = torch.linalg.eigh(scale[:, None] * xx * scale)
     if values[0] + ridge < _SINGULAR * values[-1]:

@@ -4,8 +4,8 @@ TRL 1.16's `DistillationTrainer` samples from the student, and its experimental 
 a text with its answers as it is.
 """
 
-import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 
 from .texts import Batch, Texts
 
@@ -31,44 +33,49 @@ def train_by_kl(
     texts: Texts,
     learning_rate: float,
     seed: int,
+    folder: Path,
     steps: int | None = None,
     seconds: float | None = None,
-) -> int:
+) -> tuple[int, float]:
     """Trains `student` towards `teacher`'s predictions of the answers in `texts`.
 
     AdamW without weight decay and with warmup as in arXiv 2603.00425; for `steps` with a linear schedule, or at a
-    constant rate until `seconds` have passed.
+    constant rate until `seconds` have passed. The last checkpoint in `folder` is gone on from.
 
     Returns:
-        The number of steps.
+        The number of steps, and the seconds they took.
     """
-    with tempfile.TemporaryDirectory(prefix="peft-steer-") as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps or _FOREVER,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear" if steps else "constant_with_warmup",
-            warmup_steps=0.03 if steps else 3,
-            weight_decay=0.0,
-            per_device_train_batch_size=texts.batch_size,
-            seed=seed,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            use_cpu=texts.device == "cpu",
-        )
-        trainer = _KLTrainer(
-            teacher,
-            model=student,
-            args=arguments,
-            train_dataset=texts.rows,
-            data_collator=lambda rows: vars(texts.batch(rows)),
-            callbacks=[] if steps else [_Until(seconds)],
-        )
-        trainer.train()
+    clock = _Clock(seconds)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps or _FOREVER,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear" if steps else "constant_with_warmup",
+        warmup_steps=0.03 if steps else 3,
+        weight_decay=0.0,
+        per_device_train_batch_size=texts.batch_size,
+        seed=seed,
+        logging_steps=10,
+        save_steps=50,
+        save_total_limit=1,
+        restore_callback_states_from_checkpoint=True,
+        disable_tqdm=False,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=texts.device == "cpu",
+    )
+    trainer = _KLTrainer(
+        teacher,
+        model=student,
+        args=arguments,
+        train_dataset=texts.rows,
+        data_collator=lambda rows: vars(texts.batch(rows)),
+        callbacks=[clock],
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     student.eval()
-    return trainer.state.global_step
+    (clock,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, _Clock))
+    return trainer.state.global_step, clock.seconds
 
 
 class _KLTrainer(Trainer):
@@ -89,14 +96,20 @@ class _KLTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class _Until(TrainerCallback):
-    """Stops the training after some seconds."""
+class _Clock(TrainerCallback, ExportableState):
+    """Counts the seconds of a training, those before an interruption included, and stops it after `limit`."""
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, limit: float | None):
+        self.limit, self.seconds = limit, 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.start = time.perf_counter()
+        self._last = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_training_stop = time.perf_counter() - self.start >= self.seconds
+        now = time.perf_counter()
+        self.seconds, self._last = self.seconds + now - self._last, now
+        if self.limit is not None and self.seconds >= self.limit:
+            control.should_training_stop = control.should_save = True
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        return {"args": {"limit": self.limit}, "attributes": {"seconds": self.seconds}}
