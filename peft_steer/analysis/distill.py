@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 _UNFINISHED = "unfinished"  # the folder of what an interrupted run goes on from
 _FIT = "fit.safetensors"
-_NOT_SETTINGS = ("output", "evaluate", "limit", "from_scratch")  # what may differ when it goes on
+_NOT_SETTINGS = ("output", "evaluate", "limit")  # what may differ when it goes on
 
 
 def main(argv: list[str]) -> int:
