@@ -154,7 +154,6 @@ def test_command_prints_a_pattern_that_peft_steer_takes(adapter, tiny_llama, tmp
 
 def test_command_refuses(tiny_llama, tmp_path, capsys):
     for words, message in (
-        (["--load_in_4bit"], "no derivative in forward mode"),
         (["--probes", "99"], "there are 16 texts"),
         (["--iterations", "0"], "--iterations is 0, it must be at least 1"),
     ):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from analysis_pairs import random_texts, save_pair, tuned_blocks
+from analysis_models import random_texts, save_pair, tuned_blocks
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import make

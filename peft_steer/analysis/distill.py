@@ -32,7 +32,7 @@ from peft_steer.tasks import load_task
 from .command import run_module
 from .distance import Distance
 from .fitting import FittedBlock, fit_blocks, load_fit, save_fit
-from .output import write
+from .output import facts_of, write
 from .pairs import Pair, PairSource, add_pair_arguments, find_pair
 from .texts import Texts, add_text_arguments, load_texts
 from .training import train_by_kl
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     texts, held_out = load_texts(args, source.tokenizer)
     pair = source.load()
     results, models = distill(pair, texts, held_out, args, earlier)
-    results |= {"base": args.base, "tuned": args.tuned, "text": args.task or args.dataset, "tokens": texts.num_tokens}
+    results |= facts_of(args) | {"tokens": texts.num_tokens}
     adapter = models["distilled"]
     adapter.peft_config["default"].base_model_name_or_path = source.base if Path(args.base).exists() else args.base
     adapter.save_pretrained(args.output)

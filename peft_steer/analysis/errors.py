@@ -7,7 +7,9 @@
 power iteration; both by exact JVPs through the blocks that follow, to the last hidden state (arXiv 2603.00425, on the
 control of errors). "gain_rank" is in proportion to the typical gain. With a tuned model, "energy_rank" leaves out the
 least of what its blocks have to add to the base's, relative to their outputs and weighed by the gains. Both cost as
-many parameters as the uniform rank `--r`. The last lines are a `rank_pattern` for `PostBlockSteerConfig`.
+many parameters as the uniform rank `--r`. The last lines are a `rank_pattern` for `PostBlockSteerConfig`. The weights
+of a quantized base are dequantized for the gains (exact for 4 bits; 8-bit bases also round activations, which is left
+out).
 """
 
 import argparse
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from . import allocation
 from .growth import Tail, gains
 from .moments import Moments, say_if_singular
-from .output import write_figure, write_table
+from .output import facts_of, write_figure, write_table
 from .pairs import Pair, add_pair_arguments, blocks_of, find_base, find_pair
 from .terms import Terms
 from .texts import Texts, add_text_arguments, load_texts
@@ -42,27 +44,24 @@ def run(args: argparse.Namespace) -> None:
     for name in ("probes", "iterations", "r"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least 1")
-    if args.load_in_4bit or args.load_in_8bit:
-        raise ValueError(
-            "--load_in_4bit, --load_in_8bit: bitsandbytes' kernels have no derivative in forward mode; measure the "
-            "growth of errors in the base as it was before quantization"
-        )
     source = find_base(args) if args.tuned is None else find_pair(args)
     texts, _ = load_texts(args, source.tokenizer)
     if args.probes > len(texts.rows):
         raise ValueError(f"--probes is {args.probes}, and there are {len(texts.rows)} texts")
     pair = None if args.tuned is None else source.load()
     base = source.load_base() if pair is None else pair.base
+    spectra = None if pair is None else own_changes(pair, texts)
+    if args.load_in_4bit or args.load_in_8bit:
+        base = base.dequantize().requires_grad_(False)  # bitsandbytes' kernels have no derivative in forward mode
     table = measure(base, texts, args.probes, args.iterations, args.seed)
     table["gain_rank"] = allocation.by_gain(table["typical"], args.r)
-    if pair is not None:
-        spectra = own_changes(pair, texts)
+    if spectra is not None:
         table["energy"] = [values.sum().item() ** 0.5 for values in spectra]
         table["energy_rank"] = allocation.by_energy(table["typical"], spectra, args.r)
-    ranks = table["gain_rank"] if pair is None else table["energy_rank"]
+    ranks = table["gain_rank"] if spectra is None else table["energy_rank"]
     pattern = {block.name: int(rank) for block, rank in zip(blocks_of(base), ranks, strict=True)}
-    facts = {"base": args.base, "tuned": args.tuned, "text": args.task or args.dataset, "probes": args.probes}
-    write_table(args.output, "errors", table, **facts, iterations=args.iterations, r=args.r, rank_pattern=pattern)
+    facts = facts_of(args) | {"probes": args.probes, "iterations": args.iterations, "r": args.r}
+    write_table(args.output, "errors", table, **facts, rank_pattern=pattern)
     write_figure(args.output, "errors", figure(table, args.r))
     print(table.set_index("block").to_markdown(floatfmt=".3g"))
     print(f"\nr: {args.r}\nrank_pattern: {{" + ", ".join(f"{name}: {r}" for name, r in pattern.items()) + "}")

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..sites import Block
 from .glu import TOLERANCES, Update, match
 from .mlp import find_mlp
-from .output import write_figure, write_table
+from .output import facts_of, write_figure, write_table
 from .pairs import Pair, add_pair_arguments, blocks_of, find_pair
 from .texts import Texts, add_text_arguments, load_texts
 
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> None:
     texts, _ = load_texts(args, source.tokenizer)
     if not 1 <= args.tokens <= len(texts.rows):
         raise ValueError(f"--tokens is {args.tokens}, it must be from 1 to the number of texts, {len(texts.rows)}")
-    facts = {"base": args.base, "tuned": args.tuned, "text": args.task or args.dataset, "tokens": args.tokens}
-    facts |= {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit}
-    facts |= {"num_texts": args.num_texts, "seed": args.seed}
+    facts = facts_of(args) | {"tokens": args.tokens}
     rows = _written(args.output, facts)
     pair = source.load()
     updates = _changed(pair)

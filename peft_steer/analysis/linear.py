@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from .distance import Distance
 from .generation import continuations
-from .output import write_figure, write_table
+from .output import facts_of, write_figure, write_table
 from .pairs import Pair, add_pair_arguments, check_adapter, find_pair
 from .regression import LowRankMap, PairMoments, RankedMaps, fit
 from .steering import Place, edited, record
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     for adapter in args.compare:
         rows.append({"model": adapter, **_measured(pair, held_out, generated, model=source.load_adapter(adapter))})
     models = pd.DataFrame(rows)
-    facts = {"base": args.base, "tuned": args.tuned, "text": args.task or args.dataset, "tokens": texts.num_tokens}
+    facts = facts_of(args) | {"tokens": texts.num_tokens}
     facts["ridge"] = max(each.ridge for ranked in maps.values() for each in ranked.values())
     write_table(args.output, "linear", models, **facts)
     write_table(args.output, "linear_errors", errors, **facts)

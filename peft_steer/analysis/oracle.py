@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .distance import Distance
 from .generation import continuations
 from .moments import Moments, say_if_singular, spectrum
-from .output import write_figure, write_table
+from .output import facts_of, write_figure, write_table
 from .pairs import Pair, add_pair_arguments, blocks_of, find_pair
 from .steering import Place, edited, oracle, record
 from .texts import Batch, Texts, add_text_arguments, load_texts
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     source = find_pair(args)
     texts, held_out = load_texts(args, source.tokenizer)
     pair = source.load()
-    facts = {"base": args.base, "tuned": args.tuned, "text": args.task or args.dataset, "tokens": texts.num_tokens}
+    facts = facts_of(args) | {"tokens": texts.num_tokens}
     distances, spectra = measure(pair, texts)
     facts["same_generations"] = same_generations(pair, held_out, args.new_tokens)
     write_table(args.output, "oracle", distances, **facts)

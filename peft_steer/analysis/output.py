@@ -1,5 +1,6 @@
 """Results on disk: tables as CSV and JSON, figures as PNG and SVG, each complete or not there."""
 
+import argparse
 import json
 import os
 import tempfile
@@ -9,6 +10,14 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+
+
+_FACTS = ("base", "tuned", "dtype", "load_in_4bit", "load_in_8bit", "num_texts", "seed")
+
+
+def facts_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What an analysis of a pair was asked to measure, and on what."""
+    return {name: getattr(args, name) for name in _FACTS} | {"text": args.task or args.dataset}
 
 
 def write_table(directory: Path, name: str, frame: pd.DataFrame, **facts: Any) -> None:

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .output import write_figure, write_table
+from .output import facts_of, write_figure, write_table
 from .pairs import Pair, add_pair_arguments, blocks_of, find_pair
 from .terms import TERMS, Terms
 from .texts import Texts, add_text_arguments, load_texts
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     source = find_pair(args)
     texts, _ = load_texts(args, source.tokenizer)
     table = measure(source.load(), texts)
-    facts = {"base": args.base, "tuned": args.tuned, "text": args.task or args.dataset, "tokens": texts.num_tokens}
+    facts = facts_of(args) | {"tokens": texts.num_tokens}
     write_table(args.output, "where", table, **facts)
     write_figure(args.output, "where", figure(table))
     shown = ["block", "change", *(f"share_{term}" for term in TERMS), "reached_mlp"]
