@@ -12,8 +12,10 @@ The moments take 32 d^2 bytes a block.
 """
 
 import argparse
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,7 +26,7 @@ from transformers import AutoConfig
 from .distance import Distance
 from .generation import continuations
 from .output import facts_of, write_figure, write_table
-from .pairs import Pair, add_pair_arguments, check_adapter, find_pair
+from .pairs import Pair, PairSource, add_pair_arguments, check_adapter, find_pair
 from .regression import LowRankMap, PairMoments, RankedMaps, fit
 from .steering import Place, edited, record
 from .texts import Texts, add_text_arguments, load_texts
@@ -58,20 +60,33 @@ def run(args: argparse.Namespace) -> None:
     pair = source.load()
     maps, errors = fit_maps(pair, texts, held_out, args.ranks, args.ridge)
     generated = continuations(pair.tuned, held_out, pair.tokenizer, args.new_tokens)
-    rows = [{"model": "base", **_measured(pair, held_out, generated)}]
+    facts = facts_of(args) | {"tokens": texts.num_tokens}
+    facts["ridge"] = max(each.ridge for ranked in maps.values() for each in ranked.values())
+    write_table(args.output, "linear_errors", errors, **facts)
+    rows = []
+    for row in _rows(source, pair, maps, (held_out, generated), args):
+        rows.append(row)
+        models = pd.DataFrame(rows)
+        write_table(args.output, "linear", models, **facts)
+    write_figure(args.output, "linear", figure(models, errors))
+    print(models.to_markdown(index=False, floatfmt=".3g"))
+
+
+def _rows(
+    source: PairSource,
+    pair: Pair,
+    maps: dict[str, dict[int, RankedMaps]],
+    texts: tuple[Texts, Texts],
+    args: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """The table, row by row: the base, the base steered by each map, the compared adapters."""
+    yield {"model": "base", "r": None, **_measured(pair, *texts)}
     for kind, ranked in maps.items():
         for r in args.ranks:
             steering = {index: each.of_rank(r) for index, each in ranked.items()}
-            rows.append({"model": f"{kind} map", "r": r, **_measured(pair, held_out, generated, steering)})
+            yield {"model": f"{kind} map", "r": r, **_measured(pair, *texts, steering)}
     for adapter in args.compare:
-        rows.append({"model": adapter, **_measured(pair, held_out, generated, model=source.load_adapter(adapter))})
-    models = pd.DataFrame(rows)
-    facts = facts_of(args) | {"tokens": texts.num_tokens}
-    facts["ridge"] = max(each.ridge for ranked in maps.values() for each in ranked.values())
-    write_table(args.output, "linear", models, **facts)
-    write_table(args.output, "linear_errors", errors, **facts)
-    write_figure(args.output, "linear", figure(models, errors))
-    print(models.to_markdown(index=False, floatfmt=".3g"))
+        yield {"model": adapter, "r": None, **_measured(pair, *texts, model=source.load_adapter(adapter))}
 
 
 @torch.no_grad()
