@@ -163,19 +163,21 @@ def _delta(steering: dict[int, LowRankMap], place: Place, h: torch.Tensor) -> to
 
 def figure(models: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     """Held-out errors by block and rank; KL by rank, beside the base's and the compared adapters'."""
-    result = Figure(figsize=(11, 4), layout="constrained")
+    result = Figure(figsize=(12, 4), layout="constrained")
     left, right = result.subplots(1, 2)
+    ranks, styles = sorted(errors["r"].unique()), {"affine": "-", "linear": ":"}
     for (kind, r), rows in errors.groupby(["kind", "r"]):
-        style = "-" if kind == "affine" else ":"
-        left.plot(rows["block"], rows["error_held_out"], style, marker=".", label=f"{kind}, r={r}")
+        color = f"C{ranks.index(r)}"
+        left.plot(rows["block"], rows["error_held_out"], styles[kind], color=color, label=f"{kind}, r={r}")
     left.set(xlabel="block", ylabel="error of the map on held-out text", ylim=(0, None))
-    maps = models[models["r"].notna()]
-    for model, rows in maps.groupby("model"):
-        right.plot(rows["r"], rows["kl_generated"], marker="o", label=model)
-    for row, color in zip(models[models["r"].isna()].itertuples(), cycle(("0.4", "C2", "C3", "C4", "C5"))):
+    for model, rows in models[models["r"].notna()].groupby("model"):
+        right.plot(rows["r"], rows["kl_generated"], styles[model.split()[0]], color="black", marker="o", label=model)
+    for row, color in zip(models[models["r"].isna()].itertuples(), cycle(("0.5", "C6", "C8", "C9", "C4"))):
         right.axhline(row.kl_generated, linestyle="--", color=color, label=Path(row.model).name)
-    right.set(xlabel="rank", ylabel="KL along the tuned model's generations", xscale="log", yscale="log")
+    right.set(xlabel="rank", ylabel="KL along the tuned model's generations", xscale="log", ylim=(0, None))
+    right.set_xticks(ranks, [str(r) for r in ranks])
+    right.minorticks_off()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize="x-small")
+        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return result
