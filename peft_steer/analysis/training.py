@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -59,7 +60,7 @@ def train_by_kl(
         save_steps=50,
         save_total_limit=1,
         restore_callback_states_from_checkpoint=True,
-        disable_tqdm=False,
+        disable_tqdm=seconds is not None,  # (it would count to a million)
         report_to="none",
         remove_unused_columns=False,
         use_cpu=texts.device == "cpu",
@@ -104,9 +105,14 @@ class _Clock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last = time.perf_counter()
+        self._bar = tqdm(total=self.limit, initial=self.seconds, disable=self.limit is None, desc="Training", unit="s")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bar.close()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         now = time.perf_counter()
+        self._bar.update(now - self._last)
         self.seconds, self._last = self.seconds + now - self._last, now
         if self.limit is not None and self.seconds >= self.limit:
             control.should_training_stop = control.should_save = True
