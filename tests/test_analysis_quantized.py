@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from analysis_models import save_pair
+from analysis_models import save_tuned
 from tiny import BASES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +26,7 @@ ANALYSES = {
 )
 def test_quantized(name, flag, tiny_llama, tmp_path):
     precision = {"--load_in_4bit": "nf4", "--load_in_8bit": "int8"}[flag]
-    plain, tuned = str(tmp_path / "plain"), save_pair(tiny_llama, tmp_path / "tuned", "lora")
+    plain, tuned = str(tmp_path / "plain"), save_tuned(tiny_llama, tmp_path / "tuned", "lora")
     AutoModelForCausalLM.from_pretrained(tiny_llama, **BASES[precision]).dequantize().save_pretrained(plain)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(plain)
     (tmp_path / "sums.csv").write_text(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from analysis_models import random_texts, save_pair, tuned_blocks
+from analysis_models import random_texts, save_tuned, tuned_blocks
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import make
@@ -98,7 +98,7 @@ def test_a_fit_is_read_as_it_was_written(pair, tmp_path):
 
 
 def test_an_interrupted_command_goes_on(tiny_llama, tmp_path, monkeypatch, capsys):
-    tuned = save_pair(tiny_llama, tmp_path / "tuned", "lora")
+    tuned = save_tuned(tiny_llama, tmp_path / "tuned", "lora")
     (tmp_path / "sums.csv").write_text("prompt,completion\n" + "".join(f"{a}+{a}=,is {2 * a}\n" for a in range(20)))
     arguments = ["--base", tiny_llama, "--tuned", tuned, "--dataset", str(tmp_path / "sums.csv"), "--train-steps", "4"]
 
