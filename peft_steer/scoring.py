@@ -17,8 +17,9 @@ def score(harness: LM, task: ConfigurableTask, limit: int | None = None) -> dict
         limit: Documents to evaluate, None for all.
 
     Returns:
-        `metric`, the name of the task's first one; `score`; `stderr`; `n`, the number of documents; `items`, with the
-        hashes of the documents (`ids`) and each one's score (`scores`).
+        `metric`, the name of the task's first one; `score`; `stderr`, None where lm-eval knows none; `n`, the number
+        of documents; `items`, with the hashes of the documents (`ids`) and what the metric has for each (`scores`:
+        numbers, except for metrics of a whole corpus).
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
     if task.config.num_fewshot is None:
@@ -29,10 +30,11 @@ def score(harness: LM, task: ConfigurableTask, limit: int | None = None) -> dict
     key = next(key for key in results if "," in key and "_stderr," not in key)
     metric, filter_name = key.split(",")
     samples = [sample for sample in output["samples"][name] if sample["filter"] == filter_name]
+    stderr = results[f"{metric}_stderr,{filter_name}"]
     return {
         "metric": metric,
         "score": results[key],
-        "stderr": results[f"{metric}_stderr,{filter_name}"],
+        "stderr": None if stderr == "N/A" else stderr,
         "n": output["n-samples"][name]["effective"],
-        "items": {"ids": [s["doc_hash"] for s in samples], "scores": [float(s[metric]) for s in samples]},
+        "items": {"ids": [s["doc_hash"] for s in samples], "scores": [s[metric] for s in samples]},
     }

@@ -290,13 +290,27 @@ def tokenize(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, end:
         tokens to learn).
     """
 
-    def encode(pair: dict[str, str]) -> dict[str, list[int]]:
-        n_prompt = len(tokenizer(pair["prompt"].rstrip()).input_ids)  # the harness scores trailing spaces too
-        ids = tokenizer(pair["prompt"] + pair["completion"]).input_ids
-        if end and ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
+    def row(pair: dict[str, str]) -> dict[str, list[int]]:
+        ids, n_prompt = encode(pair["prompt"], pair["completion"], tokenizer, end)
         if n_prompt >= len(ids):
             raise ValueError(f"no token is left to learn in {pair!r}")
         return {"input_ids": ids, "completion_mask": [0] * n_prompt + [1] * (len(ids) - n_prompt)}
 
-    return dataset.map(encode, remove_columns=dataset.column_names, desc="Tokenizing")
+    return dataset.map(row, remove_columns=dataset.column_names, desc="Tokenizing")
+
+
+def encode(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, end: bool) -> tuple[list[int], int]:
+    """A prompt and its completion, tokenized together as the harness does.
+
+    Args:
+        end: Whether the completion ends with the end-of-text token.
+
+    Returns:
+        Token ids, and how many of them are the prompt's.
+    """
+    ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id  # some tokenizers end every text, the prompt too
+    n_prompt = len(tokenizer(prompt.rstrip()).input_ids) - ends  # the harness scores trailing spaces too
+    ids = tokenizer(prompt + completion).input_ids
+    if end and ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids, n_prompt

@@ -101,9 +101,10 @@ def test_ranks_by_energy_leave_out_the_least():
 
 
 def test_ranks_by_gain_follow_the_gains():
-    assert by_gain([1.0, 2.0, 5.0], 8) == [3, 6, 15]
-    assert by_gain([1e-9, 1.0, 1.0], 2) == [1, 3, 2] or by_gain([1e-9, 1.0, 1.0], 2) == [1, 2, 3]
-    assert by_gain([1e-9, 1e-9, 1.0], 1) == [1, 1, 1]
+    assert by_gain([1.0, 2.0, 5.0], 8, 32) == [3, 6, 15]
+    assert by_gain([1e-9, 1.0, 1.0], 2, 32) == [1, 3, 2] or by_gain([1e-9, 1.0, 1.0], 2, 32) == [1, 2, 3]
+    assert by_gain([1e-9, 1e-9, 1.0], 1, 32) == [1, 1, 1]
+    assert by_gain([1e-9, 1e-9, 1.0], 8, 10) == [7, 7, 10]
     assert by_gain([3.1, 1.9, 1.0], 2) == [3, 2, 1]  # the largest remainder is rounded up
     assert by_gain([0.2, 0.2, 3.0, 4.6], 2) == [1, 1, 2, 4]  # what is above its share gives to those at least 1
 
@@ -154,6 +155,7 @@ def test_command_prints_a_pattern_that_peft_steer_takes(adapter, tiny_llama, tmp
 
 def test_command_refuses(tiny_llama, tmp_path, capsys):
     for words, message in (
+        (["--r", "33"], "--r is 33, more than the hidden size 32"),
         (["--probes", "99"], "there are 16 texts"),
         (["--iterations", "0"], "--iterations is 0, it must be at least 1"),
     ):

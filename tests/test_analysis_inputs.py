@@ -235,7 +235,7 @@ def test_tasks(refused, flags, message):
     refused(["oracle", "--tuned", "DIR/lora", *flags], message)
 
 
-@pytest.mark.parametrize("analysis", ["oracle", "where"])
+@pytest.mark.parametrize("analysis", ["oracle", "where", "errors"])
 def test_a_tuned_model_that_is_the_base(tiny_llama, folder, tmp_path, capsys, analysis):
     words = [analysis, "--base", tiny_llama, "--tuned", tiny_llama, "--dataset", str(folder / "sums.csv")]
     assert main([*words, "--output", str(tmp_path)]) == 2

@@ -51,6 +51,9 @@ def test_shares_are_those_of_the_equations():
         assert row["change"] == pytest.approx(size.item(), rel=1e-4)
     x, out = (hidden.double() for hidden in _hidden(pair.base, texts, i))
     mlp = pair.base.model.layers[i].mlp(pair.base.model.layers[i].post_attention_layernorm((x + out).float()))
+    assert table.loc["own", i]["size_attention"] == pytest.approx(
+        (out.norm(dim=-1) / x.norm(dim=-1)).mean().item(), rel=1e-4
+    )
     assert table.loc["own", i]["size_mlp"] == pytest.approx(
         (mlp.norm(dim=-1) / (x + out).norm(dim=-1)).mean().item(), rel=1e-4
     )

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from peft_steer import SteerConfig
 from peft_steer.analysis import distill as command
-from peft_steer.analysis.distill import adapter_of, distances
 from peft_steer.analysis.fitting import fit_blocks
 from peft_steer.analysis.pairs import Pair, blocks_of
 from peft_steer.analysis.steering import record
 from peft_steer.analysis.streams import streams
+from peft_steer.analysis.students import adapter_of, distances
 from peft_steer.analysis.texts import Texts
 
 

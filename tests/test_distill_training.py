@@ -14,9 +14,9 @@ from tiny import make
 
 from peft_steer.analysis import distill as command
 from peft_steer.analysis import training
-from peft_steer.analysis.distill import adapter_of, distances
 from peft_steer.analysis.fitting import fit_blocks, load_fit, save_fit
 from peft_steer.analysis.pairs import Pair
+from peft_steer.analysis.students import adapter_of, distances
 from peft_steer.analysis.training import train_by_kl
 
 
@@ -64,6 +64,9 @@ def test_it_goes_on_from_the_fit(pair, tmp_path):
     steps, seconds = train_by_kl(scratch, pair.tuned, TEXTS, 2e-4, seed=0, folder=tmp_path / "new", seconds=0.5)
     assert steps > 1
     assert 0.5 <= seconds < 5
+    assert (steps, seconds) == train_by_kl(
+        adapter_of(pair, blocks, empty=True), pair.tuned, TEXTS, 2e-4, seed=0, folder=tmp_path / "new", seconds=0.5
+    )
 
 
 def test_an_interrupted_training_ends_as_one_that_was_not(pair, tmp_path, monkeypatch):
@@ -77,6 +80,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(pair, tmp_path, monkey
 
     expected, whole_seconds = train("whole")
     interrupted(monkeypatch, 55, train, "parts")
+    (tmp_path / "parts/checkpoint-55").mkdir()  # as if it had been killed while it wrote this one
     interrupted(monkeypatch, 10, train, "parts")  # the last of the ten that are left: the first 50 are not repeated
     found, seconds = train("parts")
     for name, tensor in weights(expected).items():
@@ -84,6 +88,9 @@ def test_an_interrupted_training_ends_as_one_that_was_not(pair, tmp_path, monkey
     state = json.loads((tmp_path / "parts/checkpoint-60/trainer_state.json").read_text())
     assert seconds == state["stateful_callbacks"]["_Clock"]["attributes"]["seconds"]
     assert seconds > 0.5 * whole_seconds  # those before the interruptions count
+    again = train("parts")  # nothing is left to do
+    assert again[1] == seconds
+    assert all(torch.equal(weights(again[0])[name], tensor) for name, tensor in weights(found).items())
 
 
 def test_a_fit_is_read_as_it_was_written(pair, tmp_path):
@@ -108,7 +115,7 @@ def test_an_interrupted_command_goes_on(tiny_llama, tmp_path, monkeypatch, capsy
     assert run("whole") == 0
     interrupted(monkeypatch, 3, run, "parts")
     assert run("parts", "--train-steps", "5") == 2
-    assert "is of another run, with {" in capsys.readouterr().err
+    assert "is of a run with train_steps 4 instead of 5; choose" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(command, "fit_blocks", None)  # it is not repeated
         assert run("parts") == 0

@@ -16,8 +16,8 @@ from peft_steer.analysis.distance import Distance
 from peft_steer.analysis.generation import continuations
 from peft_steer.analysis.moments import Moments, spectrum
 from peft_steer.analysis.oracle import UNSTEERED, measure
-from peft_steer.analysis.pairs import Pair
-from peft_steer.analysis.steering import oracle, record
+from peft_steer.analysis.pairs import Pair, blocks_of
+from peft_steer.analysis.steering import edited, oracle, record
 from peft_steer.analysis.texts import Texts
 
 
@@ -54,6 +54,29 @@ def test_quantized_bases(tiny_llama, precision):
     tuned = with_adapter(base, "lora")
     found = distances(base, tuned)
     assert found.loc["block", "kl"] < 1e-4 * found.loc["none", "kl"]
+
+
+def test_the_oracle_after_the_mlp_is_no_bound():
+    base, texts = make(), random_texts()
+    tuned = with_adapter(base, "lora")
+    read: dict[int, torch.Tensor] = {}
+
+    def keep(i):
+        return lambda module, args: read.update({i: args[0]})  # the stream that the MLP's output is added to
+
+    handles = [
+        block.module.post_attention_layernorm.register_forward_pre_hook(keep(block.index)) for block in blocks_of(base)
+    ]
+    found = Distance()
+    with torch.no_grad():
+        for batch in texts:
+            with record(tuned, ("block",)) as targets:
+                reference = tuned(**batch.inputs(tuned)).logits
+            with edited(base, ("mlp",), lambda place, m: targets["block", place[1]] - (read[place[1]] + m)):
+                found.add(batch, reference, base(**batch.inputs(base)).logits)
+    for handle in handles:
+        handle.remove()
+    assert found.summary()["kl"] < 1e-6
 
 
 def test_a_head_that_changed_is_out_of_reach():

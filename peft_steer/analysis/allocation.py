@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import torch
 
 
-def by_gain(gains: Sequence[float], r: int) -> list[int]:
-    """Ranks in proportion to the gains of errors, at least 1 and `r` on average.
+def by_gain(gains: Sequence[float], r: int, width: int) -> list[int]:
+    """Ranks in proportion to the gains of errors, from 1 to `width`, and `r` on average.
 
     This minimizes `sum gain_i^2 * (error of block i)^2` where the spectrum of what a block has to add falls off as
     `1 / j^2`, for all blocks alike: what rank `r_i` leaves out is then `1 / r_i`.
     """
     total = r * len(gains)
     exact = [total * gain / sum(gains) for gain in gains]
-    ranks = [max(1, int(x)) for x in exact]
+    ranks = [min(width, max(1, int(x))) for x in exact]
     while (step := (sum(ranks) < total) - (sum(ranks) > total)) != 0:
-        candidates = [i for i, rank in enumerate(ranks) if rank + step >= 1]
+        candidates = [i for i, rank in enumerate(ranks) if 1 <= rank + step <= width]
         ranks[max(candidates, key=lambda i: step * (exact[i] - ranks[i]))] += step
     return ranks
 

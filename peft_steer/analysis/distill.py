@@ -19,21 +19,19 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, set_seed
 
 from lm_eval_tasks.model import PeftSteerLM
-from peft_steer import SteerConfig
-from peft_steer.cost.methods import share
 from peft_steer.scoring import score
 from peft_steer.tasks import load_task
 
 from .command import run_module
-from .distance import Distance
 from .fitting import FittedBlock, fit_blocks, load_fit, save_fit
-from .output import facts_of, write
+from .output import check_same_run, facts_of, only_run, write
 from .pairs import Pair, PairSource, add_pair_arguments, find_pair
+from .students import adapter_of, distances, out_of_reach, size_of
 from .texts import Texts, add_text_arguments, load_texts
 from .training import train_by_kl
 
@@ -42,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _UNFINISHED = "unfinished"  # the folder of what an interrupted run goes on from
 _FIT = "fit.safetensors"
-_NOT_SETTINGS = ("output", "evaluate", "limit")  # what may differ when it goes on
+_NOTICEABLE = 1e-3  # nats
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ridge", type=float, default=0.0, help="of the regression, relative to the moments' diagonal (default: 0)")
     add = parser.add_argument_group("training").add_argument
     add("--train_steps", type=int, default=0, help="steps by KL after the fit (default: 0)")
-    add("--learning_rate", type=float, default=2e-4, help="of these steps (default: 2e-4)")
+    add("--learning_rate", type=float, metavar="RATE", help="of these steps (default: 2e-4)")
     add(
         "--from_scratch",
         type=float,
@@ -69,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=2e-3,
         metavar="RATE",
         help="train the same adapter from zero, as long as all this took, at this learning rate (default: 2e-3, the "
-        "best for linear edits in recipes/bench/quickstart_rates.yaml)",
+        "better of 2e-3 and 5e-3 for such edits in supervised training, recipes/bench/quickstart_rates.yaml)",
     )
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="score base, tuned model and adapter on --task")
@@ -80,29 +78,44 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     source = find_pair(args)
     _check_against(args, source)
+    with only_run(args.output):
+        _run(args, source)
+
+
+def _run(args: argparse.Namespace, source: PairSource) -> None:
     earlier = _earlier_fit(args)
     texts, held_out = load_texts(args, source.tokenizer)
     pair = source.load()
+    unreachable = out_of_reach(pair, held_out)
+    if unreachable > _NOTICEABLE:
+        logger.warning(
+            "--tuned changes what follows the blocks, its final norm or head, and no edit of a block's output follows "
+            "that: a KL of about %.2g will be left",
+            unreachable,
+        )
     results, models = distill(pair, texts, held_out, args, earlier)
-    results |= facts_of(args) | {"tokens": texts.num_tokens}
+    results |= facts_of(args) | {"num_tokens": texts.num_tokens, "out_of_reach": unreachable}
     adapter = models["distilled"]
     adapter.peft_config["default"].base_model_name_or_path = source.base if Path(args.base).exists() else args.base
     adapter.save_pretrained(args.output)
     pair.tokenizer.save_pretrained(args.output)
-    _write(args, results)
     if args.evaluate:
-        task, _ = load_task(args.task, args.include_path, args.num_fewshot)
-        for name, model in models.items():
-            harness = PeftSteerLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=args.batch_size)
-            found = score(harness, task, args.limit)
-            results["models"][name] |= {found["metric"]: found["score"], "stderr": found["stderr"], "n": found["n"]}
-            _write(args, results)
+        _evaluate(args, pair, models, results)
+    _write(args.output / "distill.json", results)
     shutil.rmtree(args.output / _UNFINISHED)
     print(pd.DataFrame(results["models"]).T.to_markdown(floatfmt=".4g"))
     ranks = [block["r"] for block in results["blocks"]]
     print(f"\n{len(ranks)} blocks of rank {min(ranks)} to {max(ranks)}, saved to {args.output}. To score it:")
-    model_args = f"pretrained={source.base},dtype={args.dtype},peft={args.output}"
-    print(f"  peft-steer lm-eval --model peft-steer --model_args {model_args} --tasks {args.task or 'TASK'}")
+    quantized = [f"{flag}=True," for flag in ("load_in_4bit", "load_in_8bit") if getattr(args, flag)]
+    model_args = f"pretrained={source.base},dtype={args.dtype},{''.join(quantized)}peft={args.output}"
+    given = [
+        f" --{name} {value}" for name in ("include_path", "num_fewshot") if (value := getattr(args, name)) is not None
+    ]
+    print(
+        f"  peft-steer lm-eval --model peft-steer --model_args {model_args} --tasks {args.task or 'TASK'}",
+        *given,
+        sep="",
+    )
 
 
 def distill(
@@ -130,15 +143,16 @@ def distill(
     seconds, steps = {"fitted": fit_seconds, "distilled": fit_seconds}, {"distilled": args.train_steps}
     how = {"teacher": pair.tuned, "texts": texts, "seed": args.seed}
     if args.train_steps:
-        at = {"learning_rate": args.learning_rate, "folder": folder / "training", "steps": args.train_steps}
+        at = {"learning_rate": args.learning_rate or 2e-4, "folder": folder / "training", "steps": args.train_steps}
         seconds["distilled"] += train_by_kl(models["distilled"], **how, **at)[1]
     if args.from_scratch:
+        set_seed(args.seed)
         models["from scratch"] = adapter_of(pair, blocks, empty=True)
         at = {"learning_rate": args.from_scratch, "folder": folder / "scratch", "seconds": seconds["distilled"]}
         steps["from scratch"], seconds["from scratch"] = train_by_kl(models["from scratch"], **how, **at)
     facts = {
         name: {
-            "parameters": _size(model),
+            "parameters": size_of(model),
             "seconds": seconds.get(name),
             "steps": steps.get(name),
             **distance.summary(),
@@ -158,76 +172,56 @@ def _fit(pair: Pair, texts: Texts, held_out: Texts, args: argparse.Namespace) ->
     return blocks, seconds
 
 
+def _evaluate(args: argparse.Namespace, pair: Pair, models: dict[str, nn.Module], results: dict[str, Any]) -> None:
+    """Adds each model's score on the task to its results; those of an interrupted run are not repeated."""
+    path = args.output / _UNFINISHED / f"scores-{args.limit}.json"
+    scores = json.loads(path.read_text()) if path.is_file() else {}
+    task, _ = load_task(args.task, args.include_path, args.num_fewshot)
+    for name, model in models.items():
+        if name not in scores:
+            harness = PeftSteerLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=args.batch_size)
+            found = score(harness, task, args.limit)
+            scores[name] = {found["metric"]: found["score"], "stderr": found["stderr"], "n": found["n"]}
+            _write(path, scores)
+        results["models"][name] |= scores[name]
+
+
 def _earlier_fit(args: argparse.Namespace) -> tuple[list[FittedBlock], float] | None:
     """What [`_fit`] kept in a run with the same settings that was interrupted."""
     path = args.output / _UNFINISHED / _FIT
     if not path.is_file():
         return None
     blocks, facts = load_fit(path)
-    if facts["settings"] != _settings(args):
-        raise ValueError(
-            f"--output: {path.parent} is of another run, with {facts['settings']}; give the same flags to go on with "
-            "it, delete it, or choose another directory"
-        )
+    check_same_run(path.parent, facts["settings"], _settings(args))
     logger.info("%s: a run that was interrupted goes on after its fit", path)
     return blocks, facts["seconds"]
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
+    return {name: value for name, value in facts_of(args).items() if name not in ("evaluate", "limit")}
 
 
-def adapter_of(pair: Pair, blocks: list[FittedBlock], empty: bool = False) -> PeftModel:
-    """The base, whose weights it shares, with these edits as a steering adapter; `empty` leaves them at `dh = 0`."""
-    r = max(block.r for block in blocks)
-    config = SteerConfig(
-        site="block",
-        kind="linear",
-        use_bias=True,
-        r=r,
-        rank_pattern={block.name: block.r for block in blocks if block.r != r},
-        target_modules=[block.name for block in blocks],
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(share(pair.base), config)
-    if not empty:
-        weights = {
-            f"base_model.model.{block.name}.steering.steer_edit.{name}": getattr(block.edit, name).float()
-            for block in blocks
-            for name in ("W_down", "W_up", "b")
-        }
-        set_peft_model_state_dict(model, weights)
-    return model.eval()
-
-
-@torch.no_grad()
-def distances(pair: Pair, models: dict[str, nn.Module], texts: Texts) -> list[Distance]:
-    """Each model's distance from the tuned one."""
-    found = [Distance() for _ in models]
-    for batch in texts.batches("Measuring"):
-        reference = pair.tuned(**batch.inputs(pair.tuned)).logits
-        for distance, model in zip(found, models.values(), strict=True):
-            distance.add(batch, reference, model(**batch.inputs(model)).logits)
-    return found
-
-
-def _write(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    write(args.output / "distill.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-
-
-def _size(model: nn.Module) -> int:
-    """Parameters of an adapter, or of a whole model."""
-    tensors = get_peft_model_state_dict(model).values() if isinstance(model, PeftModel) else model.parameters()
-    return sum(tensor.numel() for tensor in tensors)
+def _write(path: Path, results: dict[str, Any]) -> None:
+    write(path, lambda partial: partial.write_text(json.dumps(results, indent=1)))
 
 
 def _check(args: argparse.Namespace) -> None:
+    if (args.train_steps or args.from_scratch) and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"--train_steps, --from_scratch: {torch.cuda.device_count()} GPUs are visible, and the training is for "
+            "one; set CUDA_VISIBLE_DEVICES=0"
+        )
     for name, value, ok, needs in (
         ("r", args.r, args.r >= 1, "be at least 1"),
         ("max_error", args.max_error, args.max_error is None or args.max_error > 0, "be positive"),
         ("ridge", args.ridge, args.ridge >= 0, "be at least 0"),
         ("train_steps", args.train_steps, args.train_steps >= 0, "be at least 0"),
-        ("learning_rate", args.learning_rate, args.learning_rate > 0, "be positive"),
+        (
+            "learning_rate",
+            args.learning_rate,
+            args.learning_rate is None or (args.train_steps and args.learning_rate > 0),
+            "be positive, with --train_steps",
+        ),
         ("from_scratch", args.from_scratch, args.from_scratch is None or args.from_scratch > 0, "be positive"),
         (
             "limit",

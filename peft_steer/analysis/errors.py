@@ -5,11 +5,11 @@
 
 "typical" is the gain of a random error, the same relative size at every token, and "largest" that of the worst, by
 power iteration; both by exact JVPs through the blocks that follow, to the last hidden state (arXiv 2603.00425, on the
-control of errors). "gain_rank" is in proportion to the typical gain. With a tuned model, "energy_rank" leaves out the
-least of what its blocks have to add to the base's, relative to their outputs and weighed by the gains. Both cost as
-many parameters as the uniform rank `--r`. The last lines are a `rank_pattern` for `PostBlockSteerConfig`. The weights
-of a quantized base are dequantized for the gains (exact for 4 bits; 8-bit bases also round activations, which is left
-out).
+control of errors). "gain_rank" is in proportion to the typical gain. With a tuned model, "energy" is what its blocks
+have to add to the base's, relative to their outputs, root mean square, and "energy_rank" leaves out the least of it,
+weighed by the gains. Both cost as many parameters as the uniform rank `--r`. The last lines are a `rank_pattern` for
+`PostBlockSteerConfig`. The weights of a quantized base are dequantized for the gains (exact for 4 bits; 8-bit bases
+also round activations, which is left out).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from . import allocation
 from .growth import Tail, gains
@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least 1")
     source = find_base(args) if args.tuned is None else find_pair(args)
+    width = AutoConfig.from_pretrained(source.base).get_text_config().hidden_size
+    if args.r > width:
+        raise ValueError(f"--r is {args.r}, more than the hidden size {width}")
     texts, _ = load_texts(args, source.tokenizer)
     if args.probes > len(texts.rows):
         raise ValueError(f"--probes is {args.probes}, and there are {len(texts.rows)} texts")
@@ -54,14 +57,13 @@ def run(args: argparse.Namespace) -> None:
     if args.load_in_4bit or args.load_in_8bit:
         base = base.dequantize().requires_grad_(False)  # bitsandbytes' kernels have no derivative in forward mode
     table = measure(base, texts, args.probes, args.iterations, args.seed)
-    table["gain_rank"] = allocation.by_gain(table["typical"], args.r)
+    table["gain_rank"] = allocation.by_gain(table["typical"], args.r, width)
     if spectra is not None:
         table["energy"] = [values.sum().item() ** 0.5 for values in spectra]
         table["energy_rank"] = allocation.by_energy(table["typical"], spectra, args.r)
     ranks = table["gain_rank"] if spectra is None else table["energy_rank"]
     pattern = {block.name: int(rank) for block, rank in zip(blocks_of(base), ranks, strict=True)}
-    facts = facts_of(args) | {"probes": args.probes, "iterations": args.iterations, "r": args.r}
-    write_table(args.output, "errors", table, **facts, rank_pattern=pattern)
+    write_table(args.output, "errors", table, **facts_of(args), rank_pattern=pattern)
     write_figure(args.output, "errors", figure(table, args.r))
     print(table.set_index("block").to_markdown(floatfmt=".3g"))
     print(f"\nr: {args.r}\nrank_pattern: {{" + ", ".join(f"{name}: {r}" for name, r in pattern.items()) + "}")
@@ -111,6 +113,8 @@ def own_changes(pair: Pair, texts: Texts) -> list[torch.Tensor]:
                 moments.append(Moments(h.shape[-1], h.device))
             moments[i].add((target - h) / h.norm(dim=-1, keepdim=True))
     say_if_singular(moments[-1], "what each block has to add")
+    if not any(each.square.any() for each in moments):
+        raise ValueError("the tuned model does on this text what the base does: no block has anything to add")
     return [torch.linalg.eigvalsh(each.square / each.n).flip(0).clamp(min=0).cpu() for each in moments]
 
 

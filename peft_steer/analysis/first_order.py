@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..sites import Block
 from .glu import TOLERANCES, Update, match
 from .mlp import find_mlp
-from .output import facts_of, write_figure, write_table
+from .output import check_same_run, facts_of, only_run, write_figure, write_table
 from .pairs import Pair, add_pair_arguments, blocks_of, find_pair
 from .texts import Texts, add_text_arguments, load_texts
 
@@ -53,15 +53,16 @@ def run(args: argparse.Namespace) -> None:
     texts, _ = load_texts(args, source.tokenizer)
     if not 1 <= args.tokens <= len(texts.rows):
         raise ValueError(f"--tokens is {args.tokens}, it must be from 1 to the number of texts, {len(texts.rows)}")
-    facts = facts_of(args) | {"tokens": args.tokens}
-    rows = _written(args.output, facts)
-    pair = source.load()
-    updates = _changed(pair)
-    found = inputs(pair.base, texts, args.tokens, args.seed)
-    todo = [i for i in chosen if i not in {row["block"] for row in rows}]
-    for i in tqdm(todo, desc="First order", unit="block"):
-        rows = sorted([*rows, *measure(updates(i), found[i], i)], key=lambda row: row["block"])
-        write_table(args.output, "first_order", pd.DataFrame(rows), **facts)
+    facts = facts_of(args)
+    with only_run(args.output):
+        rows = _written(args.output, facts)
+        pair = source.load()
+        updates = _changed(pair)
+        found = inputs(pair.base, texts, args.tokens, args.seed)
+        todo = [i for i in chosen if i not in {row["block"] for row in rows}]
+        for i in tqdm(todo, desc="First order", unit="block"):
+            rows = sorted([*rows, *measure(updates(i), found[i], i)], key=lambda row: row["block"])
+            write_table(args.output, "first_order", pd.DataFrame(rows), **facts)
     table = pd.DataFrame(rows)
     write_figure(args.output, "first_order", figure(table))
     print(summary(table).to_markdown(floatfmt=".3g"))
@@ -146,8 +147,7 @@ def _written(directory: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     before = json.loads(path.read_text())
     rows = before.pop("rows")
-    if before != facts:
-        raise ValueError(f"--output: {path} is of another run, with {before}; choose another directory")
+    check_same_run(path, before, facts)
     return rows
 
 

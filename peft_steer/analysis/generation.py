@@ -14,6 +14,8 @@ def continuations(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizer
     Returns:
         The prompts with these answers. Of a text without a prompt the first half is taken as one.
     """
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     rows = []
     for batch in texts.batches("Generating"):
         lengths = [int(mask.sum()) for mask in batch.attention_mask]
@@ -29,16 +31,14 @@ def continuations(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizer
             max_new_tokens=new_tokens,
             do_sample=False,
             num_beams=1,
+            repetition_penalty=1.0,
             pad_token_id=texts.pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
         )[:, width:]
-        rows += [
-            (row + _until(answer, tokenizer.eos_token_id), len(row))
-            for row, answer in zip(ids, answers.tolist(), strict=True)
-        ]
+        rows += [(row + _until(answer, ends), len(row)) for row, answer in zip(ids, answers.tolist(), strict=True)]
     return Texts(rows, texts.batch_size, texts.pad, texts.device)
 
 
-def _until(answer: list[int], end: int) -> list[int]:
-    """Without what follows the first `end`."""
-    return answer[: answer.index(end) + 1] if end in answer else answer
+def _until(answer: list[int], ends: list[int]) -> list[int]:
+    """Without what follows the first end."""
+    return next((answer[: i + 1] for i, token in enumerate(answer) if token in ends), answer)

@@ -6,9 +6,9 @@ In every steered block: the overlap of the directions that LoRA writes through t
 columns of its `lora_B`) with those that steering reads (the rows of `W_down`) and writes (the columns of `W_up`); and
 of what steering reads with what it writes. An overlap is the mean squared cosine of the principal angles between two
 subspaces, 1 where the smaller lies in the larger, 0 where they are orthogonal; "chance" is that of random subspaces of
-these dimensions. (arXiv 2603.00425, joint adaptation, keeps the first at 0.) "size" is the norm of the product that
-each half writes with, `scaling * B A` and `W_up W_down`. Then the task's score with LoRA alone, steering alone, both
-and neither, on the split that it is evaluated on.
+these dimensions, "chance_steering" of steering's two. (arXiv 2603.00425, joint adaptation, keeps the first at 0.)
+"size" is the norm of the product that each half writes with, `scaling * B A` and `W_up W_down`. Then the task's score
+with LoRA alone, steering alone, both and neither, on the split that it is evaluated on.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from .. import JointSteerLoraConfig, tasks
 from ..joint.layer import JointSteerLayer
 from ..joint.projection import JointLowRank
 from ..scoring import score
-from .output import write_figure, write_table
+from .output import facts_of, write_figure, write_table
 from .pairs import add_base_arguments, check_adapter, find_base, read_adapter_config
 
 
@@ -57,12 +57,15 @@ def run(args: argparse.Namespace) -> None:
     task, _ = tasks.load_task(args.task, args.include_path, args.num_fewshot)
     model = source.load_adapter(args.adapter)
     table = overlaps(model)
-    facts = {"base": args.base, "adapter": args.adapter}
+    facts = facts_of(args)
     write_table(args.output, "joint_overlap", table, **facts)
     print(table.set_index("block").to_markdown(floatfmt=".3f"))
     harness = PeftSteerLM(pretrained=model, tokenizer=source.tokenizer, batch_size=args.batch_size)
-    scores = pd.DataFrame({"halves": halves, **_score(harness, model, halves, task, args.limit)} for halves in HALVES)
-    write_table(args.output, "joint_scores", scores, **facts, task=args.task, limit=args.limit)
+    rows = []
+    for halves in HALVES:
+        rows.append({"halves": halves, **_score(harness, model, halves, task, args.limit)})
+        scores = pd.DataFrame(rows)
+        write_table(args.output, "joint_scores", scores, **facts)
     write_figure(args.output, "joint", figure(table, scores))
     print(f"\n{scores.to_markdown(index=False, floatfmt='.3f')}")
 
@@ -91,6 +94,7 @@ def overlaps(model: PeftModel, adapter_name: str = "default") -> pd.DataFrame:
                 "lora_steering_writes": overlap(B, writes),
                 "steering_reads_writes": overlap(reads, writes),
                 "chance": max(B.shape[1], reads.shape[1]) / len(B),
+                "chance_steering": reads.shape[1] / len(B),
                 "size_lora": (B @ A).norm().item() * lora.scaling[adapter_name],
                 "size_steering": (writes @ reads.t()).norm().item() * layer.scaling[adapter_name],
             }
@@ -135,11 +139,13 @@ def figure(table: pd.DataFrame, scores: pd.DataFrame) -> Figure:
     for name, label in labels.items():
         left.plot(table[name], marker=".", label=label)
     left.plot(table["chance"], color="grey", lw=1, label="chance")
+    if not table["chance_steering"].equals(table["chance"]):
+        left.plot(table["chance_steering"], ":", color="grey", lw=1, label="chance, steering with itself")
     left.set_xlabel("block")
     left.set_ylabel("overlap")
     left.legend(frameon=False, fontsize="small")
     left.grid(alpha=0.3)
-    right.bar(scores["halves"], scores["score"], yerr=scores["stderr"].fillna(0), width=0.6)
+    right.bar(scores["halves"], scores["score"], yerr=scores["stderr"].fillna(0).astype(float), width=0.6)
     right.set_ylabel(scores["metric"].iloc[0])
     right.grid(axis="y", alpha=0.3)
     return result

@@ -9,6 +9,10 @@ each block, which the fit makes least, with the weight `w = 1 / |h|^2` of a toke
 activations count no more than others.
 "kl" is that of the base steered by the maps at every block, on held-out text and along what the tuned model generates.
 The moments take 32 d^2 bytes a block.
+
+An adapter to compare with was trained for something else than to be near this tuned model, and perhaps on the text
+that is held out here (which is of the task's training split). How far apart two trainings for one task are at all says
+a second adapter of the tuned model's own recipe, trained with another seed: compare with that, too.
 """
 
 import argparse
@@ -29,6 +33,7 @@ from .output import facts_of, write_figure, write_table
 from .pairs import Pair, PairSource, add_pair_arguments, check_adapter, find_pair
 from .regression import LowRankMap, PairMoments, RankedMaps, fit
 from .steering import Place, edited, record
+from .students import size_of
 from .texts import Texts, add_text_arguments, load_texts
 
 
@@ -50,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.ridge < 0:
         raise ValueError(f"--ridge is {args.ridge}, it must be at least 0")
+    if args.new_tokens < 1:
+        raise ValueError(f"--new_tokens is {args.new_tokens}, it must be at least 1")
     source = find_pair(args)
     width = AutoConfig.from_pretrained(source.base).get_text_config().hidden_size
     if not all(1 <= r <= width for r in args.ranks):
@@ -59,10 +66,10 @@ def run(args: argparse.Namespace) -> None:
     texts, held_out = load_texts(args, source.tokenizer)
     pair = source.load()
     maps, errors = fit_maps(pair, texts, held_out, args.ranks, args.ridge)
-    generated = continuations(pair.tuned, held_out, pair.tokenizer, args.new_tokens)
-    facts = facts_of(args) | {"tokens": texts.num_tokens}
+    facts = facts_of(args) | {"num_tokens": texts.num_tokens}
     facts["ridge"] = max(each.ridge for ranked in maps.values() for each in ranked.values())
     write_table(args.output, "linear_errors", errors, **facts)
+    generated = continuations(pair.tuned, held_out, pair.tokenizer, args.new_tokens)
     rows = []
     for row in _rows(source, pair, maps, (held_out, generated), args):
         rows.append(row)
@@ -80,13 +87,16 @@ def _rows(
     args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """The table, row by row: the base, the base steered by each map, the compared adapters."""
-    yield {"model": "base", "r": None, **_measured(pair, *texts)}
+    yield {"model": "base", "r": None, "parameters": 0, **_measured(pair, *texts)}
     for kind, ranked in maps.items():
         for r in args.ranks:
             steering = {index: each.of_rank(r) for index, each in ranked.items()}
-            yield {"model": f"{kind} map", "r": r, **_measured(pair, *texts, steering)}
+            size = sum(tensor.numel() for each in steering.values() for tensor in (each.W_down, each.W_up))
+            size += sum(each.b.numel() for each in steering.values()) if kind == "affine" else 0
+            yield {"model": f"{kind} map", "r": r, "parameters": size, **_measured(pair, *texts, steering)}
     for adapter in args.compare:
-        yield {"model": adapter, "r": None, **_measured(pair, *texts, model=source.load_adapter(adapter))}
+        model = source.load_adapter(adapter)
+        yield {"model": adapter, "r": None, "parameters": size_of(model), **_measured(pair, *texts, model=model)}
 
 
 @torch.no_grad()
@@ -98,12 +108,14 @@ def fit_maps(
     fitted, unseen = (_moments(pair, text) for text in (texts, held_out))
     maps: dict[str, dict[int, RankedMaps]] = {"linear": {}, "affine": {}}
     rows = []
-    for index, moments in sorted(fitted.items()):
+    for index in sorted(fitted):
+        both = (moments := fitted.pop(index)), unseen.pop(index)
         if not moments.yy:
             continue
         for kind, ranked in maps.items():
-            found = ranked[index] = fit(moments, kind == "affine", ridge, f"block {index}")
-            seen, new = ((found.residuals(each) / (each.yy / each.weight)).sqrt() for each in (moments, unseen[index]))
+            found = fit(moments, kind == "affine", ridge, f"block {index}")
+            seen, new = ((found.residuals(each) / (each.yy / each.weight)).sqrt() for each in both)
+            ranked[index] = found.up_to(max(ranks))
             rows += [
                 {"block": index, "kind": kind, "r": r, "error": seen[r].item(), "error_held_out": new[r].item()}
                 for r in ranks

@@ -2,11 +2,15 @@
 
     peft-steer analyze oracle --base MODEL --tuned MODEL_OR_ADAPTER --task listops_short --output DIR
 
-This is the paper's oracle (arXiv 2603.00425), which no learned steering at the site can surpass. "kl" is
-KL(tuned || steered base) in nats a token; "block" reaches the tuned model but for its final norm and head, "attention"
-and "mlp" what fine-tuning does at that site alone. "final_error" is the distance of the last block's output from the
-tuned model's, relative to the base's. The spectra say how many directions `dh` has in each block; the moments they
-are computed from take 8 d^2 bytes for each block and site.
+This is the paper's oracle (arXiv 2603.00425): the site's output becomes the tuned model's. "block" reaches the tuned
+model but for its final norm and head, "attention" and "mlp" what fine-tuning does at that site. (That is no bound on
+steering there: another `dh` after the MLP could also make up for what the attention changed, if what it reads, the
+MLP's output, told it.) "kl" is KL(tuned || steered base) in nats a token, "agreement" how often both have the same
+first choice, "_answer" at answers alone; "final_error" the distance of the last block's output from the tuned model's,
+relative to the base's. The spectra, of the vectors `dh` added in each block: "rms" and "relative" to that of `h`;
+"constant", the share of `E |dh|^2` in the mean; "effective_rank", exp of the entropy of the covariance's eigenvalues;
+"participation", `(sum l)^2 / sum l^2` of them; "energy_r", the share of the first r. The moments they are computed
+from take 8 d^2 bytes for each block and site.
 """
 
 import argparse
@@ -16,6 +20,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+
+from peft_steer import needs_prompts
 
 from .distance import Distance
 from .generation import continuations
@@ -44,17 +50,22 @@ def run(args: argparse.Namespace) -> None:
     source = find_pair(args)
     texts, held_out = load_texts(args, source.tokenizer)
     pair = source.load()
-    facts = facts_of(args) | {"tokens": texts.num_tokens}
+    facts = facts_of(args) | {"num_tokens": texts.num_tokens}
     distances, spectra = measure(pair, texts)
-    facts["same_generations"] = same_generations(pair, held_out, args.new_tokens)
     write_table(args.output, "oracle", distances, **facts)
     write_table(args.output, "spectra", spectra, **facts)
     write_figure(args.output, "oracle", distance_figure(distances))
     write_figure(args.output, "spectra", spectra_figure(spectra))
     print(distances.to_markdown(index=False, floatfmt=".3g"))
+    print(f"Spectra and figures: {args.output}")
+    if needs_prompts(pair.tuned):
+        print("Generations are not compared: nothing would tell the tuned model's adapter where a prompt ends.")
+        return
+    same = same_generations(pair, held_out, args.new_tokens)
+    write_table(args.output, "oracle", distances, **facts, same_generations=same)
     print(
-        "Steered at the block, the base generates what the tuned model does after "
-        f"{facts['same_generations']:.1%} of {len(held_out.rows)} prompts. Spectra and figures: {args.output}"
+        f"Steered at the block, the base generates what the tuned model does after {same:.1%} of "
+        f"{len(held_out.rows)} prompts."
     )
 
 

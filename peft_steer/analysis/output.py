@@ -4,20 +4,57 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
 
-_FACTS = ("base", "tuned", "dtype", "load_in_4bit", "load_in_8bit", "num_texts", "seed")
+_NOT_MEASURED = ("output", "layers_to_transform")  # where, and how much of it in this run
 
 
 def facts_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What an analysis of a pair was asked to measure, and on what."""
-    return {name: getattr(args, name) for name in _FACTS} | {"text": args.task or args.dataset}
+    """What a command was asked to measure, and on what: its flags, and which files they named, so that a run that goes
+    on where another stopped sees that a model has been replaced."""
+    flags = {name: value for name, value in vars(args).items() if name not in _NOT_MEASURED}
+    paths = [value for name in ("base", "tuned", "adapter", "dataset") if (value := flags.get(name)) is not None]
+    return json.loads(json.dumps(flags | {"files": [file for path in paths for file in _files(Path(path))]}))
+
+
+def check_same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises `ValueError`, naming what differs, unless the file `path` was left by a run with the same facts."""
+    differ = [
+        f"{name} {before.get(name)!r} instead of {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"--output: {path} is of a run with {', '.join(differ)}; choose another directory, or delete it"
+        )
+
+
+@contextmanager
+def only_run(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of a directory. Raises `ValueError` if one is at work there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(directory / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"--output: another run is at work in {str(directory)!r}; choose another directory"
+        ) from error
+
+
+def _files(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a local model's weights, or of a file."""
+    found = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
 def write_table(directory: Path, name: str, frame: pd.DataFrame, **facts: Any) -> None:

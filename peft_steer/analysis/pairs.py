@@ -161,6 +161,11 @@ def find_pair(args: argparse.Namespace) -> PairSource:
     else:
         _check_configs(source.base, tuned)
     _check_tokenizers(source.tokenizer, tuned, is_adapter)
+    if not is_adapter and (args.load_in_4bit or args.load_in_8bit):
+        raise ValueError(
+            "--load_in_4bit, --load_in_8bit: --tuned is a whole model, which is not quantized, and the rounding of "
+            "the base would be taken for what fine-tuning did; leave the flag out, or give an adapter"
+        )
     return PairSource(source.base, source.model_kwargs, source.tokenizer, tuned, is_adapter)
 
 

@@ -7,7 +7,7 @@ is the paper's linearized oracle (arXiv 2603.00425).
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -95,6 +95,10 @@ class RankedMaps:
         root = values.sqrt()
         return LowRankMap(root[:, None] * right, V @ (left * root), self.y - V @ (A @ self.x))
 
+    def up_to(self, r: int) -> "RankedMaps":
+        """Those of ranks up to `r`, in memory of their own."""
+        return replace(self, V=self.V[:, :r].clone(), A=self.A[:r].clone())
+
     def residuals(self, moments: PairMoments) -> torch.Tensor:
         """`(d + 1,)`: `E |y - M x - b|^2` at rank 0 (the bias alone), 1, ..., d, on any pairs."""
         xx, xy, yy = moments.about(self.x, self.y)
@@ -111,8 +115,8 @@ def fit(moments: PairMoments, affine: bool = True, ridge: float = 0.0, label: st
             scale.
         label: What the inputs are, for the log.
 
-    A singular `E[x x^T]`, such as that of fewer vectors than dimensions, is regularized with a ridge of 1e-6 if none
-    is given, and the log says so.
+    A singular `E[x x^T]`, such as that of fewer vectors than dimensions, is regularized with a ridge of 1e-6 unless a
+    sufficient one is given, and the log says so.
     """
     zero = torch.zeros_like(moments.x)
     x, y = (moments.x / moments.weight, moments.y / moments.weight) if affine else (zero, zero)

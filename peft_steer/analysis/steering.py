@@ -60,6 +60,21 @@ def edited(
 
 
 @contextmanager
+def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """While the context lasts, calling `module` calls `forward`."""
+    had = "forward" in vars(module)  # accelerate's hooks put one there
+    before = module.forward
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had:
+            module.forward = before
+        else:
+            del module.forward
+
+
+@contextmanager
 def oracle(base: nn.Module, tuned: nn.Module, sites: Sequence[str]) -> Iterator[None]:
     """The paper's oracle (arXiv 2603.00425), `dh = h_tuned - h_base`, on the stream that is already steered: in every
     forward pass of `base`, `tuned` reads the same tokens first, and what it has at each of the `sites` is what the

@@ -145,7 +145,7 @@ def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         OSError: If there is no such data set.
     """
     _check(args)
-    given = _of_task(args) if args.task is not None else _of_dataset(args)
+    given = list(_of_task(args) if args.task is not None else _of_dataset(args))
     rows = [row for row in (_encode(*pair, tokenizer, args.max_length) for pair in given) if row is not None]
     source = f"--task: {args.task!r}" if args.task is not None else f"--dataset: {args.dataset!r}"
     needed = 1 if args.held_out is None else 5
@@ -153,6 +153,14 @@ def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         raise ValueError(
             f"{source} gives {len(rows)} texts of two or more tokens and with an answer to each prompt, and at least "
             f"{needed} are needed; give more or longer texts, or raise --num_texts or --max_length"
+        )
+    if len(rows) < len(given):
+        logger.warning(
+            "%s: %d of %d texts are left out, of whose answers --max_length %d leaves nothing",
+            source,
+            len(given) - len(rows),
+            len(given),
+            args.max_length,
         )
     held_out = min(args.held_out or 0, len(rows) // 5)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -222,7 +230,6 @@ def _encode(
     prompt: str, completion: str, end: bool, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[int], int] | None:
     """Token ids, and how many of them are prompt (at least 1: nothing predicts the first); None without an answer."""
-    n_prompt = max(1, len(tokenizer(prompt.rstrip()).input_ids)) if prompt else 1
-    ids = tokenizer(prompt + completion).input_ids
-    ids = (ids + [tokenizer.eos_token_id] * (end and ids[-1] != tokenizer.eos_token_id))[:max_length]
+    ids, n_prompt = tasks.encode(prompt, completion, tokenizer, end)
+    ids, n_prompt = ids[:max_length], max(1, n_prompt)
     return (ids, n_prompt) if len(ids) > n_prompt else None

@@ -2,8 +2,8 @@
 
     peft-steer analyze where --base MODEL --tuned MODEL_OR_ADAPTER --task listops_short --output DIR
 
-Post-MLP steering can change the MLP's term alone, and what fine-tuning changes in the others passes it by through the
-skip connection (arXiv 2603.00425, on where to steer). `dH` is the change of a block's output: of "stream" between the
+Post-MLP steering reads the MLP's term alone, and what fine-tuning changes in the others passes it by through the skip
+connection (arXiv 2603.00425, on where to steer). `dH` is the change of a block's output: of "stream" between the
 two models as they are, with all that the blocks before have changed; of "own" what this block itself changes, when
 base and tuned block read the same input, the base's.
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     source = find_pair(args)
     texts, _ = load_texts(args, source.tokenizer)
     table = measure(source.load(), texts)
-    facts = facts_of(args) | {"tokens": texts.num_tokens}
+    facts = facts_of(args) | {"num_tokens": texts.num_tokens}
     write_table(args.output, "where", table, **facts)
     write_figure(args.output, "where", figure(table))
     shown = ["block", "change", *(f"share_{term}" for term in TERMS), "reached_mlp"]
@@ -89,8 +89,12 @@ class _Block:
         moved = total > 0
         change = change[:, moved] / total[moved, None]
         self.gram += torch.einsum("ind,jnd->ij", change, change).cpu()
-        stream = (base[0] + base[1]).norm(dim=-1)
-        ratios = (total / base.sum(0).norm(dim=-1), base[1].norm(dim=-1) / stream, base[2].norm(dim=-1) / stream)
+        skip, attention, mlp = base[0], base[1], base[2]
+        ratios = (
+            total / base.sum(0).norm(dim=-1),
+            attention.norm(dim=-1) / skip.norm(dim=-1),
+            mlp.norm(dim=-1) / (skip + attention).norm(dim=-1),
+        )
         self.sizes += torch.stack([ratio.sum() for ratio in ratios]).cpu()
         self.tokens += len(total)
         self.changed += int(moved.sum())

@@ -91,7 +91,7 @@ class Runner:
         if cell.config and not full:
             costs["decode_ratio"] = _decode_ratio(base, model, tokenizer)
         harness = PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size)
-        scores = score(harness, task, cell.limit)
+        scores = _of_items(score(harness, task, cell.limit), cell.task)
         if full or self._sums != _sums(base):  # some PEFT initializations write into the base
             self._loaded = ()
         costs |= {"created_at": created_at, "total_seconds": time.perf_counter() - start}
@@ -105,6 +105,18 @@ class Runner:
             self._loaded = (wanted, model, AutoTokenizer.from_pretrained(cell.source))
             self._sums = _sums(model)
         return self._loaded[1:]
+
+
+def _of_items(scores: dict[str, Any], task: str) -> dict[str, Any]:
+    """The scores with those of items as numbers, by which methods are compared."""
+    try:
+        scores["items"]["scores"] = [float(value) for value in scores["items"]["scores"]]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{task}: its metric {scores['metric']!r} scores a whole corpus, not single items, on which methods are "
+            "compared; choose a task whose first metric is a mean over items"
+        ) from error
+    return scores
 
 
 def _load(cell: Cell) -> PreTrainedModel:
