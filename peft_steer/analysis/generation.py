@@ -14,8 +14,9 @@ def continuations(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizer
     Returns:
         The prompts with these answers. Of a text without a prompt the first half is taken as one.
     """
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    ends = sorted({tokenizer.eos_token_id, *configured} - {None})
     rows = []
     for batch in texts.batches("Generating"):
         lengths = [int(mask.sum()) for mask in batch.attention_mask]
