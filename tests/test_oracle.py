@@ -187,10 +187,11 @@ def test_spectra_are_of_what_is_added_and_of_tokens_alone():
     tuned = with_adapter(base, "lora")
     found, spectra = measure(Pair(base, tuned, None), texts)
     spectra = spectra.set_index(["site", "block"])
-    differences, steps, mlps, missed = [], [], [], []
+    states, differences, steps, mlps, missed = [], [], [], [], []
     for ids, _ in texts.rows:  # each row by itself: no padding
         with record(base, ("block",)) as ours, record(tuned, ("block",)) as theirs, torch.no_grad():
             base(input_ids=torch.tensor([ids])), tuned(input_ids=torch.tensor([ids]))
+            states.append(ours["block", 1][0])
             differences.append((theirs["block", 1] - ours["block", 1])[0])
             angles = base.model.rotary_emb(theirs["block", 0], torch.arange(len(ids))[None])
             h = base.model.layers[1](theirs["block", 0], position_embeddings=angles, attention_mask=None)
@@ -204,6 +205,8 @@ def test_spectra_are_of_what_is_added_and_of_tokens_alone():
             mlps.append((theirs["mlp", 0] - ours["mlp", 0])[0])
     steered, plain = torch.cat(missed, dim=1).double().square().sum((1, 2)).sqrt()
     np.testing.assert_allclose(found.set_index("site").loc["mlp", "final_error"], steered / plain, rtol=1e-4)
+    relative = (torch.cat(differences).square().sum() / torch.cat(states).square().sum()).sqrt()
+    np.testing.assert_allclose(spectra.loc[UNSTEERED, 1]["relative"], relative, rtol=1e-4)
     rms = torch.cat(mlps).double().square().sum(1).mean().sqrt()
     np.testing.assert_allclose(spectra.loc["mlp", 0]["rms"], rms, rtol=1e-5)
     for site, vectors in ((UNSTEERED, differences), ("block", steps)):
