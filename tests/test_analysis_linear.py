@@ -4,7 +4,8 @@ import json
 
 import pandas as pd
 import pytest
-from analysis_models import random_texts, save_tuned, with_adapter
+import torch
+from analysis_models import pair_of, random_texts, save_tuned, with_adapter
 from peft import get_peft_model
 from tiny import make, randomize
 
@@ -12,13 +13,14 @@ from peft_steer import SteerConfig
 from peft_steer.analysis import command
 from peft_steer.analysis.linear import _measured, fit_maps
 from peft_steer.analysis.pairs import Pair
+from peft_steer.analysis.steering import record
 
 
 def texts(seed: int = 0):
     return random_texts(rows=60, length=12, seed=seed, batch_size=16)
 
 
-@pytest.mark.parametrize("use_bias", [False])
+@pytest.mark.parametrize("use_bias", [True, False])
 def test_a_linear_edit_is_found_from_its_rank_on(use_bias):
     tuned = get_peft_model(make(), SteerConfig(kind="linear", r=3, use_bias=use_bias, layers_to_transform=[1, 2]))
     randomize(tuned, std=0.3)
@@ -37,12 +39,35 @@ def test_a_linear_edit_is_found_from_its_rank_on(use_bias):
         assert steered[name] < 1e-6 < 1e-4 < base[name]
 
 
+@torch.no_grad()
+def test_errors_are_those_of_the_maps():
+    pair = pair_of()
+    maps, errors = fit_maps(pair, texts(), texts(seed=1), [4])
+    errors = errors.set_index(["kind", "block"]).loc[[("linear", 1), ("affine", 1)]]
+    layer = pair.base.model.layers[1]
+    for column, seed in (("error", 0), ("error_held_out", 1)):
+        states = []
+        for ids, _ in texts(seed).rows:  # each row by itself: no padding
+            with record(pair.tuned, ("block",)) as targets:
+                pair.tuned(input_ids=torch.tensor([ids]))
+            angles = pair.base.model.rotary_emb(targets["block", 0], torch.arange(len(ids))[None])
+            h = layer(targets["block", 0], position_embeddings=angles, attention_mask=None)
+            states.append(torch.cat([h, targets["block", 1] - h]))
+        h, dh = torch.cat(states, dim=1).double()
+        for kind in ("linear", "affine"):
+            left = (dh - maps[kind][1].of_rank(4)(h)).norm(dim=-1) / h.norm(dim=-1)
+            expected = left.square().sum().sqrt() / (dh.norm(dim=-1) / h.norm(dim=-1)).square().sum().sqrt()
+            assert errors.loc[(kind, 1), column] == pytest.approx(expected.item(), rel=1e-4)
+    assert fit_maps(pair, texts(), texts(), [4], ridge=0.3)[0]["affine"][1].ridge == 0.3
+
+
 def test_an_adapter_is_measured_as_it_is():
-    base = make()
-    tuned = with_adapter(base, "lora")
-    found = _measured(Pair(base, tuned, None), texts(), texts(), model=with_adapter(base, "lora"))
+    pair = pair_of()
+    found = _measured(pair, texts(), texts(), model=with_adapter(pair.base, "lora"))
     assert found["kl"] == 0
     assert found["agreement_generated"] == 1
+    one, other = (_measured(pair, *given) for given in ((texts(), texts(seed=1)), (texts(seed=1), texts())))
+    assert one["kl_generated"] == other["kl_answer"] != one["kl_answer"]
 
 
 def test_the_command(tiny_llama, tmp_path, capsys):

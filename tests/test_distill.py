@@ -7,7 +7,7 @@ import torch
 from analysis_models import load_quantized, pair_of, random_texts, save_tuned, tuned_blocks, with_adapter
 from peft import PeftModel, get_peft_model
 from tiny import DECODERS, make, randomize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import SteerConfig
 from peft_steer.analysis import distill as command
@@ -39,6 +39,7 @@ def kl_to_tuned(pair: Pair, **models: torch.nn.Module) -> list[float]:
 def test_streams_are_the_states_of_a_forward_pass(architecture):
     base = make(architecture)
     tuned = tuned_blocks(base)
+    tuned.get_input_embeddings().weight.data += 0.1
     rows = random_texts(rows=5, batch_size=3)
     with streams({"base": base, "tuned": tuned}, (rows,)) as states, torch.no_grad():
         for name, model in (("base", base), ("tuned", tuned)):
@@ -83,6 +84,33 @@ def test_a_looser_error_takes_smaller_ranks(caplog):
         for block in blocks:
             assert block.error_held_out <= max_error or f"{block.name}: no rank comes below" in caplog.text
     assert ranks[0.6] < ranks[0.05]
+
+
+@torch.no_grad()
+def test_errors_are_those_of_the_adapter(caplog):
+    base = make()
+    pair = Pair(base, tuned_blocks(base), None)
+    few, others = (random_texts(rows=16, length=12, seed=seed, batch_size=16) for seed in (0, 1))
+    blocks = fit_blocks(pair, few, others, max_error=0.8)
+    models = {"ours": adapter_of(pair, blocks), "theirs": pair.tuned, "base": base}
+    errors = {}
+    for name, texts in (("error", few), ("error_held_out", others)):
+        squares = torch.zeros(2, len(blocks), dtype=torch.float64)
+        for ids, _ in texts.rows:  # each row by itself: no padding
+            states = {}
+            for model in models:
+                with record(models[model], ("block",)) as outputs:
+                    models[model](input_ids=torch.tensor([ids]))
+                states[model] = torch.stack([outputs["block", i][0] for i in range(len(blocks))]).double()
+            weight = 1 / states["base"].square().sum(-1)
+            for row, model in zip(squares, ("ours", "base"), strict=True):
+                row += (weight * (states["theirs"] - states[model]).square().sum(-1)).sum(1)
+        errors[name] = (squares[0] / squares[1]).sqrt().tolist()
+    for name, expected in errors.items():
+        assert [getattr(block, name) for block in blocks] == pytest.approx(expected, rel=1e-3)
+    for block in blocks:  # (with so little text, the errors on it are much smaller)
+        assert block.error < 0.9 * block.error_held_out
+        assert block.error_held_out <= 0.8 or f"{block.name}: no rank comes below" in caplog.text
 
 
 def test_only_blocks_that_can_differ_are_steered():
@@ -130,6 +158,8 @@ def test_the_command(tiny_llama, tmp_path, capsys):
     edits = [m for name, m in model.named_modules() if name.endswith("steer_edit.default")]
     assert [len(edit.W_down) for edit in edits] == [block["r"] for block in result["blocks"]]
     assert all(edit.W_up.abs().max() > 0 for edit in edits)
+    assert model.peft_config["default"].base_model_name_or_path == tiny_llama
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(tiny_llama).get_vocab()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from analysis_models import random_texts, save_tuned, tuned_blocks
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import make
+from transformers import TrainingArguments
 
 from peft_steer.analysis import distill as command
 from peft_steer.analysis import training
@@ -50,6 +51,16 @@ def interrupted(monkeypatch, step: int, run: Callable, *args) -> None:
         patch.setattr(training._KLTrainer, "compute_loss", compute_loss)
         with pytest.raises(KeyboardInterrupt):
             run(*args)
+
+
+def test_the_loss_is_the_kl_of_the_answers(pair, tmp_path):
+    student = adapter_of(pair, fit_blocks(pair, TEXTS, OTHERS, r=2))
+    texts = random_texts(rows=4)  # one batch
+    arguments = TrainingArguments(output_dir=tmp_path, report_to="none", use_cpu=True)
+    trainer = training._KLTrainer(pair.tuned, training._Clock(None), model=student, args=arguments)
+    loss = trainer.compute_loss(student, vars(next(iter(texts))))
+    (distance,) = distances(pair, {"": student}, texts)
+    assert loss.item() == pytest.approx(distance.summary()["kl_answer"], rel=1e-4)
 
 
 def test_it_goes_on_from_the_fit(pair, tmp_path):

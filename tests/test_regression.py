@@ -48,6 +48,7 @@ def test_every_rank_is_the_plain_regression(affine):
     for r in range(1, D + 1):
         edit = maps.of_rank(r)
         assert (edit.W_down.shape, edit.W_up.shape) == ((r, D), (D, r))
+        torch.testing.assert_close(torch.linalg.svdvals(edit.W_down), torch.linalg.svdvals(edit.W_up))
         expected = plain(x.numpy(), y.numpy(), r, affine)
         np.testing.assert_allclose(edit(x), expected, rtol=1e-7, atol=1e-7)
         np.testing.assert_allclose(residuals[r], ((y.numpy() - expected) ** 2).sum(1).mean(), rtol=1e-9)
@@ -88,11 +89,11 @@ def test_rank_zero_is_the_constant():
     assert (residuals.diff() <= 0).all()
 
 
-@pytest.mark.parametrize("case", ["few", "constant", "copied"])
+@pytest.mark.parametrize("case", ["few", "zero", "constant", "copied"])
 def test_singular_moments_are_regularized_and_said_to_be(caplog, case):
     x, y = pairs(n=4 if case == "few" else 200)
-    if case == "constant":
-        x[:, 2] = 0
+    if case in ("zero", "constant"):
+        x[:, 2] = 0 if case == "zero" else 0.7
     if case == "copied":
         x[:, 2] = x[:, 3]
     with caplog.at_level(logging.WARNING):
@@ -104,6 +105,21 @@ def test_singular_moments_are_regularized_and_said_to_be(caplog, case):
     assert torch.isfinite(edit(x)).all()
     if case != "few":
         np.testing.assert_allclose(edit(x), plain(x.numpy(), y.numpy(), D, True), rtol=1e-3, atol=1e-3)
+
+
+def test_a_ridge_that_is_given_stays(caplog):
+    maps = fit(moments_of(*pairs(n=4)), ridge=0.3)
+    assert maps.ridge == 0.3
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_residuals_of_an_exact_map_are_not_negative(seed):
+    x, _ = pairs(seed=seed)
+    y = x[:, :2] @ torch.randn(2, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    residuals = fit(moments_of(x, y)).residuals(moments_of(x, y))
+    assert (residuals >= 0).all()  # rounding would give some roots of negative numbers
+    assert residuals[2] < 1e-12 * residuals[0]
 
 
 def test_a_ridge_is_that_of_the_scaled_inputs():
