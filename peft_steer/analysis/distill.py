@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace, source: PairSource) -> None:
         _evaluate(args, pair, models, results)
     _write(args.output / "distill.json", results)
     shutil.rmtree(args.output / _UNFINISHED)
-    print(pd.DataFrame(results["models"]).T.to_markdown(floatfmt=".4g"))
+    print(_table(results["models"]))
     ranks = [block["r"] for block in results["blocks"]]
     print(f"\n{len(ranks)} blocks of rank {min(ranks)} to {max(ranks)}, saved to {args.output}. To score it:")
     quantized = [f"{flag}=True," for flag in ("load_in_4bit", "load_in_8bit") if getattr(args, flag)]
@@ -199,6 +199,15 @@ def _earlier_fit(args: argparse.Namespace) -> tuple[list[FittedBlock], float] | 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in facts_of(args).items() if name not in ("evaluate", "limit")}
+
+
+def _table(models: dict[str, dict[str, Any]]) -> str:
+    table = pd.DataFrame.from_dict(models, orient="index").drop(columns=["tokens", "tokens_answer"])
+    whole = {"parameters": "{:,.0f}", "seconds": "{:.0f}", "steps": "{:.0f}", "n": "{:.0f}"}
+    for name in table:
+        shown = whole.get(name, "{:.3g}")
+        table[name] = ["–" if pd.isna(value) else shown.format(value) for value in table[name]]
+    return table.to_markdown(disable_numparse=True, stralign="right")
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
