@@ -8,12 +8,15 @@ import pytest
 import tiny
 import torch
 from analysis_models import analyze, pair_of, random_texts
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import PostBlockSteerConfig
 from peft_steer.analysis.allocation import by_energy, by_gain
 from peft_steer.analysis.errors import measure, own_changes
 from peft_steer.analysis.growth import Tail, gains
-from peft_steer.analysis.pairs import blocks_of
+from peft_steer.analysis.pairs import Pair, blocks_of
+from peft_steer.analysis.texts import Texts
 
 
 def tail_of(architecture: str = "llama", dtype=torch.float64) -> Tail:
@@ -145,10 +148,15 @@ def test_command_prints_a_pattern_that_peft_steer_takes(adapter, tiny_llama, tmp
     assert table[column].sum() == 6
     assert (table["largest"] >= 0.99 * table["typical"]).all()
     assert "rank_pattern: {model.layers.0: " in capsys.readouterr().out
-    model = tiny.get_peft_model(
-        tiny.tf.AutoModelForCausalLM.from_pretrained(tiny_llama),
-        PostBlockSteerConfig(rank_pattern=found["rank_pattern"]),
-    )
+    base, other = (AutoModelForCausalLM.from_pretrained(tiny_llama) for _ in range(2))
+    if adapter:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+        rows = [(tokenizer(f"{a}+{b}={a + b}").input_ids, 4) for a in range(4) for b in range(4)]
+        tuned = PeftModel.from_pretrained(other, tmp_path / "adapter")
+        spectra = own_changes(Pair(base, tuned, None), Texts(rows, 4, 0, "cpu"))
+        assert table["energy"].tolist() == pytest.approx([values.sum().item() ** 0.5 for values in spectra], rel=1e-4)
+        assert table["energy_rank"].tolist() == by_energy(table["typical"], spectra, 3)
+    model = get_peft_model(base, PostBlockSteerConfig(rank_pattern=found["rank_pattern"]))
     ranks = [layer.steer_edit["default"].W_down.shape[0] for layer in tiny.steer_layers(model).values()]
     assert ranks == table[column].tolist()
 
