@@ -68,10 +68,13 @@ def load_quantized(folder: str, base: str) -> nn.Module:
 
 
 def analyze(folder: Path, base: str, *words: str, adapter: str | PeftConfig | None = "lora") -> int:
-    """Runs `peft-steer analyze` on `base`, an adapter of it if any and a file of sums, into `folder / "out"`."""
-    (folder / "sums.csv").write_text(
-        "prompt,completion\n" + "".join(f"{a}+{b}=,{a + b}\n" for a in range(4) for b in range(4))
-    )
-    tuned = ["--tuned", save_tuned(base, folder / "adapter", adapter)] if adapter else []
-    text = ["--dataset", str(folder / "sums.csv"), "--batch_size", "4"]
-    return main([words[0], "--base", base, *tuned, *text, "--output", str(folder / "out"), *words[1:]])
+    """Runs `peft-steer analyze` on `base`, an adapter of it if any and a file of sums, into `folder / "out"`. The
+    adapter and the sums are made once: a second run can go on where the first stopped."""
+    sums, tuned = folder / "sums.csv", folder / (adapter if isinstance(adapter, str) else "adapter")
+    if not sums.exists():
+        sums.write_text("prompt,completion\n" + "".join(f"{a}+{b}=,{a + b}\n" for a in range(4) for b in range(4)))
+    if adapter and not tuned.exists():
+        save_tuned(base, tuned, adapter)
+    models = ["--base", base, *(["--tuned", str(tuned)] if adapter else [])]
+    text = ["--dataset", str(sums), "--batch_size", "4"]
+    return main([words[0], *models, *text, "--output", str(folder / "out"), *words[1:]])

@@ -152,7 +152,7 @@ def test_command_prints_a_pattern_that_peft_steer_takes(adapter, tiny_llama, tmp
     if adapter:
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
         rows = [(tokenizer(f"{a}+{b}={a + b}").input_ids, 4) for a in range(4) for b in range(4)]
-        tuned = PeftModel.from_pretrained(other, tmp_path / "adapter")
+        tuned = PeftModel.from_pretrained(other, tmp_path / adapter)
         spectra = own_changes(Pair(base, tuned, None), Texts(rows, 4, 0, "cpu"))
         assert table["energy"].tolist() == pytest.approx([values.sum().item() ** 0.5 for values in spectra], rel=1e-4)
         assert table["energy_rank"].tolist() == by_energy(table["typical"], spectra, 3)

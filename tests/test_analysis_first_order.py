@@ -201,7 +201,7 @@ def test_command_goes_on_where_it_stopped(tiny_llama, tmp_path, capsys):
     assert table["rank"].iloc[4] == 12345
     assert table["finite_difference"].max() < 1e-6
     assert analyze(tmp_path, tiny_llama, "first-order", "--tokens", "4") == 2
-    assert "is of another run" in capsys.readouterr().err
+    assert "first_order.json is of a run with tokens 3 instead of 4" in capsys.readouterr().err
 
 
 def test_command_refuses_what_it_cannot_measure(tiny_llama, tmp_path, capsys):

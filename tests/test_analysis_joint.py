@@ -20,6 +20,7 @@ def test_overlap_of_known_subspaces():
     assert overlap(E[:, :2], E[:, 1:4]) == pytest.approx(0.5)  # one of two directions is shared
     assert overlap(3 * E[:, :2] @ torch.randn(2, 2).double(), E[:, :4]) == pytest.approx(1)
     assert overlap(torch.cat([E[:, :1], 2 * E[:, :1]], dim=1), E[:, :1]) == pytest.approx(1)
+    assert overlap(torch.cat([E[:, :1], 2 * E[:, :1]], dim=1), E[:, 1:]) == pytest.approx(0)
     tilted = torch.cos(torch.tensor(0.3)) * E[:, :1] + torch.sin(torch.tensor(0.3)) * E[:, 1:2]
     assert overlap(tilted, E[:, :1]) == pytest.approx(torch.cos(torch.tensor(0.3)).item() ** 2)
     assert torch.isnan(torch.tensor(overlap(torch.zeros(6, 2).double(), E[:, :1])))
