@@ -135,7 +135,12 @@ class _Clock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last = time.perf_counter()
-        self._bar = tqdm(total=self.limit, initial=self.seconds, disable=self.limit is None, desc="Training", unit="s")
+        self._bar = tqdm(
+            total=self.limit,
+            initial=self.seconds,
+            disable=self.limit is None,
+            bar_format="Training: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s",
+        )
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.close()
