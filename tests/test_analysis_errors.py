@@ -108,8 +108,8 @@ def test_ranks_by_gain_follow_the_gains():
     assert by_gain([1e-9, 1.0, 1.0], 2, 32) == [1, 3, 2] or by_gain([1e-9, 1.0, 1.0], 2, 32) == [1, 2, 3]
     assert by_gain([1e-9, 1e-9, 1.0], 1, 32) == [1, 1, 1]
     assert by_gain([1e-9, 1e-9, 1.0], 8, 10) == [7, 7, 10]
-    assert by_gain([3.1, 1.9, 1.0], 2) == [3, 2, 1]  # the largest remainder is rounded up
-    assert by_gain([0.2, 0.2, 3.0, 4.6], 2) == [1, 1, 2, 4]  # what is above its share gives to those at least 1
+    assert by_gain([3.1, 1.9, 1.0], 2, 32) == [3, 2, 1]  # the largest remainder is rounded up
+    assert by_gain([0.2, 0.2, 3.0, 4.6], 2, 32) == [1, 1, 2, 4]  # what is above its share gives to those at least 1
 
 
 def test_spectra_are_of_what_each_block_has_to_add():
