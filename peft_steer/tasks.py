@@ -308,9 +308,10 @@ def encode(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, end
     Returns:
         Token ids, and how many of them are the prompt's.
     """
-    ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id  # some tokenizers end every text, the prompt too
-    n_prompt = len(tokenizer(prompt.rstrip()).input_ids) - ends  # the harness scores trailing spaces too
-    ids = tokenizer(prompt + completion).input_ids
+    given, ids = (tokenizer(text).input_ids for text in (prompt.rstrip(), prompt + completion))
+    # (Without the prompt's trailing spaces: the harness scores them with the completion.)
+    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        given, ids = given[:-1], ids[:-1]
     if end and ids[-1] != tokenizer.eos_token_id:
         ids = [*ids, tokenizer.eos_token_id]
-    return ids, n_prompt
+    return ids, len(given)

@@ -4,6 +4,7 @@ import datasets
 import pytest
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import tasks
@@ -160,6 +161,17 @@ def test_tokens_are_the_harness_tokens(tiny_llama, end):
         learned = [token for token, learn in zip(row["input_ids"], row["completion_mask"], strict=True) if learn]
         assert row["input_ids"][: len(context)] == context
         assert learned == continuation + ([tokenizer.eos_token_id] if end else [])
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_a_tokenizer_that_ends_every_text(tiny_llama, end):
+    plain, ending = (AutoTokenizer.from_pretrained(tiny_llama) for _ in range(2))
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", plain.eos_token_id)]
+    )
+    assert ending("a").input_ids == [*plain("a").input_ids, plain.eos_token_id]
+    for prompt, completion in (("1+1=", "2"), ("", "two"), ("<eos>", "two")):
+        assert tasks.encode(prompt, completion, ending, end) == tasks.encode(prompt, completion, plain, end)
 
 
 def test_a_pair_without_an_answer(tiny_llama):
