@@ -42,9 +42,11 @@ def check_same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
 def only_run(directory: Path) -> Iterator[None]:
     """Keeps other runs out of a directory. Raises `ValueError` if one is at work there."""
     directory.mkdir(parents=True, exist_ok=True)
+    lock = directory / ".lock"
     try:
-        with FileLock(directory / ".lock", blocking=False):
+        with FileLock(lock, blocking=False):
             yield
+            lock.unlink()  # an adapter's directory may be uploaded as it is
     except Timeout as error:
         raise ValueError(
             f"--output: another run is at work in {str(directory)!r}; choose another directory"
