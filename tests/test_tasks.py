@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import tasks
+from peft_steer.tokens import encode, tokenize
 
 
 def make_task(**config) -> ConfigurableTask:
@@ -156,7 +157,7 @@ def test_tokens_are_the_harness_tokens(tiny_llama, end):
     pairs = datasets.Dataset.from_dict(
         {"prompt": ["max(1,2)=", "Q: a?\nA:", "A: "], "completion": ["2", " b c", "two hundred"]}
     )
-    for pair, row in zip(pairs, tasks.tokenize(pairs, tokenizer, end=end), strict=True):
+    for pair, row in zip(pairs, tokenize(pairs, tokenizer, end=end), strict=True):
         context, continuation = harness._encode_pair(pair["prompt"], pair["completion"])
         learned = [token for token, learn in zip(row["input_ids"], row["completion_mask"], strict=True) if learn]
         assert row["input_ids"][: len(context)] == context
@@ -171,13 +172,13 @@ def test_a_tokenizer_that_ends_every_text(tiny_llama, end):
     )
     assert ending("a").input_ids == [*plain("a").input_ids, plain.eos_token_id]
     for prompt, completion in (("1+1=", "2"), ("", "two"), ("<eos>", "two")):
-        assert tasks.encode(prompt, completion, ending, end) == tasks.encode(prompt, completion, plain, end)
+        assert encode(prompt, completion, ending, end) == encode(prompt, completion, plain, end)
 
 
 def test_a_pair_without_an_answer(tiny_llama):
     pairs = datasets.Dataset.from_dict({"prompt": ["max(1,2)="], "completion": [""]})
     with pytest.raises(ValueError, match="no token is left to learn"):
-        tasks.tokenize(pairs, AutoTokenizer.from_pretrained(tiny_llama), end=False)
+        tokenize(pairs, AutoTokenizer.from_pretrained(tiny_llama), end=False)
 
 
 def test_a_misspelt_task():

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from peft_steer import needs_prompts, tasks
+from peft_steer.tokens import encode
 
 from .blame import blaming
 
@@ -230,6 +231,6 @@ def _encode(
     prompt: str, completion: str, end: bool, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[int], int] | None:
     """Token ids, and how many of them are prompt (at least 1: nothing predicts the first); None without an answer."""
-    ids, n_prompt = tasks.encode(prompt, completion, tokenizer, end)
+    ids, n_prompt = encode(prompt, completion, tokenizer, end)
     ids, n_prompt = ids[:max_length], max(1, n_prompt)
     return (ids, n_prompt) if len(ids) > n_prompt else None

@@ -38,6 +38,7 @@ from peft_steer.cost.measure import greedy_decoding, interleaved_seconds
 from peft_steer.cost.methods import share
 from peft_steer.scoring import score
 from peft_steer.splits import complete_splits
+from peft_steer.tokens import tokenize
 
 
 _DECODED_TOKENS, _DECODING_ROUNDS = 8, 5
@@ -152,7 +153,7 @@ def _train(
                 use_cpu=not torch.cuda.is_available(),
                 **arguments,
             ),
-            train_dataset=tasks.tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until"),
+            train_dataset=tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until"),
             processing_class=tokenizer,
             peft_config=None if full else get_peft_config(dict(cell.config)),
         )

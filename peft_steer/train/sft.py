@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
 from peft_steer import JointSteerLoraConfig, SteerConfig, tasks
+from peft_steer.tokens import tokenize
 
 from .arguments import Arguments
 from .run import Command, task_datasets
@@ -36,7 +37,7 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
         pairs = tasks.sft_dataset(task, split, **arguments.task.chat)
         if arguments.task.apply_chat_template:
             return pairs  # TRL tokenizes them by the template
-        return tasks.tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until")
+        return tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until")
 
     if task is not None and training.completion_only_loss is None:
         training.completion_only_loss = True  # its default looks for the untokenized columns
