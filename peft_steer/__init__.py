@@ -5,8 +5,7 @@ Importing this package registers its tuner types with PEFT.
 
 from importlib.metadata import version
 
-from .config import JolaConfig, LofitConfig, LoreftConfig, PostBlockSteerConfig, SteerConfig
-from .joint import (
+from peft_steer.tuners.joint import (
     JointOptimizer,
     JointSteerLoraConfig,
     JointSteerLoraModel,
@@ -15,8 +14,9 @@ from .joint import (
     orthogonality,
     project_,
 )
-from .model import SteerModel
-from .tracking import needs_prompts, steered_positions
+from peft_steer.tuners.steer.config import JolaConfig, LofitConfig, LoreftConfig, PostBlockSteerConfig, SteerConfig
+from peft_steer.tuners.steer.model import SteerModel
+from peft_steer.tuners.steer.position_hooks import needs_prompts, steered_positions
 
 
 __version__ = version("peft-steer")

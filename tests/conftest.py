@@ -1,6 +1,8 @@
 """Fixtures for all tests. Nothing here may reach a network."""
 
 import os
+import sys
+from functools import partial
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
@@ -45,9 +47,25 @@ def bench_reference(tiny_llama, tmp_path_factory):
     """Cells of the benchmark, their results of an uninterrupted run one at a time, and where these are."""
     from bench_cells import some_cells
 
-    from peft_steer.bench.engine import make_engine, run_cells
+    from peft_steer.bench.engines import make_engine
+    from peft_steer.bench.scheduler import run_cells
     from peft_steer.bench.store import Store
 
     cells, store = some_cells(tiny_llama), Store(tmp_path_factory.mktemp("bench"))
     with make_engine() as engine:
         return cells, run_cells(cells, store, engine), store
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """`peft-steer lm-eval` in this process, on our tasks."""
+    import lm_eval.evaluator
+    import lm_eval.tasks
+
+    from peft_steer.commands import lm_eval as harness
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", None)  # put back afterwards
+    monkeypatch.setattr(harness, "_TaskManager", partial(harness._TaskManager, include_defaults=False))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # which asks pip for all packages
+    return lambda *arguments: harness.main(list(map(str, arguments)))

@@ -26,12 +26,13 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..sites import Block
-from .glu import TOLERANCES, Update, match
-from .mlp import find_mlp
+from peft_steer.sites import Block
+
+from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_pair
+from .inputs.texts import Texts, add_text_arguments, load_texts
+from .maths.first_order_theory import TOLERANCES, Update, match
+from .maths.mlp import find_mlp
 from .output import check_same_run, facts_of, only_run, write_figure, write_table
-from .pairs import Pair, add_pair_arguments, blocks_of, find_pair
-from .texts import Texts, add_text_arguments, load_texts
 
 
 _OF_TOKEN = ("remainder", "down_share", "shift")

@@ -27,14 +27,14 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import AutoConfig
 
-from .distance import Distance
-from .generation import continuations
+from .capture.generation import continuations
+from .capture.steering import Place, edited, record
+from .distill.students import size_of
+from .inputs.pairs import Pair, PairSource, add_pair_arguments, check_adapter, find_pair
+from .inputs.texts import Texts, add_text_arguments, load_texts
+from .maths.distance import Distance
+from .maths.regression import LowRankMap, PairMoments, RankedMaps, fit
 from .output import facts_of, write_figure, write_table
-from .pairs import Pair, PairSource, add_pair_arguments, check_adapter, find_pair
-from .regression import LowRankMap, PairMoments, RankedMaps, fit
-from .steering import Place, edited, record
-from .students import size_of
-from .texts import Texts, add_text_arguments, load_texts
 
 
 BLOCK = ("block",)

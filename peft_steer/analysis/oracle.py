@@ -23,13 +23,13 @@ from matplotlib.figure import Figure
 
 from peft_steer import needs_prompts
 
-from .distance import Distance
-from .generation import continuations
-from .moments import Moments, say_if_singular, spectrum
+from .capture.generation import continuations
+from .capture.steering import Place, edited, oracle, record
+from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_pair
+from .inputs.texts import Batch, Texts, add_text_arguments, load_texts
+from .maths.distance import Distance
+from .maths.moments import Moments, say_if_singular, spectrum
 from .output import facts_of, write_figure, write_table
-from .pairs import Pair, add_pair_arguments, blocks_of, find_pair
-from .steering import Place, edited, oracle, record
-from .texts import Batch, Texts, add_text_arguments, load_texts
 
 
 SITES = {"attention": ("attention",), "mlp": ("mlp",), "attention+mlp": ("attention", "mlp"), "block": ("block",)}

@@ -21,10 +21,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from .capture.terms import TERMS, Terms
+from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_pair
+from .inputs.texts import Texts, add_text_arguments, load_texts
 from .output import facts_of, write_figure, write_table
-from .pairs import Pair, add_pair_arguments, blocks_of, find_pair
-from .terms import TERMS, Terms
-from .texts import Texts, add_text_arguments, load_texts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

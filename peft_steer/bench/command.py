@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from peft_steer.bench.plan import Contender, Grid
+    from .grid.plan import Contender, Grid
 
 
 def main(argv: list[str]) -> int:
@@ -30,13 +30,15 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
 
-    from peft_steer.bench.contenders import contenders
-    from peft_steer.bench.engine import EngineError, make_engine, run_cells
-    from peft_steer.bench.parse import load_grid
-    from peft_steer.bench.peft_schema import export_peft
-    from peft_steer.bench.report import write_report
-    from peft_steer.bench.stages import planned, run_grid
-    from peft_steer.bench.store import Store
+    from .engines import make_engine
+    from .engines.base import EngineError
+    from .grid.candidates import contenders
+    from .grid.parse import load_grid
+    from .grid.peft_schema import export_peft
+    from .grid.protocol import planned, run_grid
+    from .report import write_report
+    from .scheduler import run_cells
+    from .store import Store
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
     directory = args.output or Path("results") / args.grid.stem
@@ -80,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 def _found(grid: "Grid") -> "Grid":
     """The grid with its models' weights found."""
-    from peft_steer.models import find_model
+    from peft_steer.utils.hub import find_model
 
     models = []
     for model in grid.models:
@@ -92,8 +94,8 @@ def _found(grid: "Grid") -> "Grid":
 
 def _tasks(grid: "Grid") -> dict[str, Any]:
     """The grid's tasks, by name, with all splits."""
-    from peft_steer.splits import complete_splits
-    from peft_steer.tasks import evaluate_on, load_task
+    from peft_steer.evaluation.splits import complete_splits
+    from peft_steer.evaluation.tasks import evaluate_on, load_task
 
     loaded = {}
     for entry in grid.tasks:
@@ -107,7 +109,7 @@ def _tasks(grid: "Grid") -> dict[str, Any]:
 def _preview(cells: list[Any], entrants: list["Contender"], tasks: dict[str, Any]) -> str:
     import pandas as pd
 
-    from peft_steer.bench.estimate import Estimator
+    from .grid.estimate import Estimator
 
     sizes = {
         (entrant.model.name, entrant.method.name, repr(config)): size

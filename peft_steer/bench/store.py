@@ -25,7 +25,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from peft_steer.bench.plan import VERSION, Cell
+from .grid.plan import VERSION, Cell
 
 
 _PARTIAL = ".partial"

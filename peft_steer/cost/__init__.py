@@ -1,6 +1,6 @@
 """What a PEFT method costs on a model: bytes kept for backward, peak memory, and time of a step and of decoding."""
 
-from peft_steer.cost.allocator import saved_bytes
+from .allocator import saved_bytes
 
 
 __all__ = ["main", "saved_bytes"]
@@ -8,6 +8,6 @@ __all__ = ["main", "saved_bytes"]
 
 def main(argv: list[str]) -> int:
     """Runs `peft-steer cost`."""
-    from peft_steer.cost import command
+    from ..cost import command
 
     return command.main(argv)

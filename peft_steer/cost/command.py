@@ -26,11 +26,12 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from peft_steer.cost import measure
-from peft_steer.cost.allocator import saved_bytes
-from peft_steer.cost.methods import FLOOR, PRESETS, adapt, adapter_bytes, parse_method, share
-from peft_steer.cost.report import CHECKPOINTING, report
-from peft_steer.models import find_model
+from peft_steer.utils.hub import find_model
+
+from ..cost import measure
+from .allocator import saved_bytes
+from .methods import FLOOR, PRESETS, adapt, adapter_bytes, parse_method, share
+from .report import CHECKPOINTING, report
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -12,7 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from peft_steer.cost.allocator import peak_bytes
+from .allocator import peak_bytes
 
 
 @contextmanager

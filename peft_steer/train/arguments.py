@@ -17,7 +17,7 @@ from peft import PeftConfig
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config
 
 import peft_steer
-from peft_steer.suggest import suggest
+from peft_steer.utils.errors import suggest
 
 
 TASK_PROMPT = ("apply_chat_template", "system_instruction")
@@ -80,7 +80,7 @@ class TaskArguments:
 
     @property
     def chat(self) -> dict[str, Any]:
-        """How the task's prompts are made, for `peft_steer.tasks`."""
+        """How the task's prompts are made, for `peft_steer.evaluation.tasks`."""
         return {name: getattr(self, name) for name in TASK_PROMPT}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, ScriptArguments
 
-from peft_steer import tasks
+from peft_steer.evaluation.datasets import dpo_dataset
 
 from .arguments import Arguments
 from .run import Command, task_datasets
@@ -22,7 +22,7 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
     if arguments.task.reward_metric is not None:
         raise ValueError("reward_metric: only grpo has a reward")
     seed = arguments.training.seed
-    return task_datasets(arguments, lambda split: tasks.dpo_dataset(task, split, seed, **arguments.task.chat))
+    return task_datasets(arguments, lambda split: dpo_dataset(task, split, seed, **arguments.task.chat))
 
 
 main = Command("dpo", ScriptArguments, DPOConfig, DPOTrainer, _prepare).run

@@ -21,9 +21,10 @@ from trl.rewards import (
 )
 from trl.scripts.grpo import GRPOScriptArguments
 
-from peft_steer import JointSteerLoraConfig, SteerConfig, tasks
-from peft_steer.rewards import reward_function
-from peft_steer.suggest import suggest
+from peft_steer import JointSteerLoraConfig, SteerConfig
+from peft_steer.evaluation.datasets import grpo_dataset
+from peft_steer.evaluation.rewards import reward_function
+from peft_steer.utils.errors import suggest
 
 from .arguments import Arguments
 from .run import Command, task_datasets
@@ -39,7 +40,7 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
             "Remove it, or set `use_transformers_continuous_batching: true`"
         )
     rewards = _rewards(arguments, task)
-    data = task_datasets(arguments, lambda split: tasks.grpo_dataset(task, split, **arguments.task.chat))
+    data = task_datasets(arguments, lambda split: grpo_dataset(task, split, **arguments.task.chat))
     return {**data, "reward_funcs": rewards}
 
 

@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import Trainer
 
-from peft_steer.injection import keep_bnb_gradients
-from peft_steer.layer import SteerLayer
+from peft_steer.tuners.steer.injection import keep_bnb_gradients
+from peft_steer.tuners.steer.layer import SteerLayer
 
 
 logger = logging.getLogger(__name__)

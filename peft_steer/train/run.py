@@ -17,8 +17,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from peft_steer import joint_optimizer_cls_and_kwargs, tasks
-from peft_steer.models import Source, find_model
+from peft_steer import joint_optimizer_cls_and_kwargs
+from peft_steer.evaluation import tasks
+from peft_steer.utils.hub import Source, find_model
 
 from .arguments import Arguments, parse
 from .card import make_card

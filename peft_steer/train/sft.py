@@ -12,8 +12,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 
-from peft_steer import JointSteerLoraConfig, SteerConfig, tasks
-from peft_steer.tokens import tokenize
+from peft_steer import JointSteerLoraConfig, SteerConfig
+from peft_steer.evaluation.datasets import sft_dataset, tokenize
 
 from .arguments import Arguments
 from .run import Command, task_datasets
@@ -34,7 +34,7 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
         tokenizer.eos_token = training.eos_token
 
     def make(split: str) -> datasets.Dataset:
-        pairs = tasks.sft_dataset(task, split, **arguments.task.chat)
+        pairs = sft_dataset(task, split, **arguments.task.chat)
         if arguments.task.apply_chat_template:
             return pairs  # TRL tokenizes them by the template
         return tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from peft_steer.bench.plan import Cell, Grid
-from peft_steer.bench.report.frame import cell_frame, groups
-from peft_steer.bench.report.html import page
-from peft_steer.bench.report.markdown import markdown
-from peft_steer.bench.report.picture import picture
+from ..grid.plan import Cell, Grid
+from .frame import cell_frame, groups
+from .html import page
+from .markdown import markdown
+from .picture import picture
 
 
 def write_report(

@@ -6,7 +6,7 @@ import math
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from peft_steer.bench.report.frame import Group, Row
+from .frame import Group, Row
 
 
 _COSTS = {

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peft_steer.bench.plan import Cell
-from peft_steer.bench.statistics import Comparison, Scores, Summary, compare_all, summarize, tie_letters
+from ..grid.plan import Cell
+from ..statistics import Comparison, Scores, Summary, compare_all, summarize, tie_letters
 
 
 Result = dict[str, Any]

@@ -9,11 +9,11 @@ import yaml
 from jinja2 import Environment
 from plotly.offline import get_plotlyjs
 
-from peft_steer.bench.plan import Grid
-from peft_steer.bench.report.figures import figures
-from peft_steer.bench.report.frame import Group
-from peft_steer.bench.report.markdown import TEXT_COLUMNS, environments, failures, notes
-from peft_steer.bench.report.table import main_table, sweep_table
+from ..grid.plan import Grid
+from .figures import figures
+from .frame import Group
+from .markdown import TEXT_COLUMNS, environments, failures, notes
+from .table import main_table, sweep_table
 
 
 def page(grid: Grid, groups: list[Group], frame: pd.DataFrame, remarks: list[str]) -> str:

@@ -4,8 +4,8 @@ import math
 
 import pandas as pd
 
-from peft_steer.bench.report.frame import Group
-from peft_steer.bench.report.table import main_table, sweep_table
+from .frame import Group
+from .table import main_table, sweep_table
 
 
 TEXT_COLUMNS = ("method", "against the best", "ties", "variant")

@@ -7,7 +7,7 @@ from itertools import cycle
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peft_steer.bench.report.frame import Group
+from .frame import Group
 
 
 def picture(groups: list[Group]) -> Figure:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from peft_steer.bench.report.frame import Group, Row
+from .frame import Group, Row
 
 
 Cell = tuple[str, float | str]  # what is shown, and what it is sorted by

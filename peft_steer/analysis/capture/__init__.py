@@ -1,0 +1,1 @@
+"""Hidden states and outputs, recorded or replaced while a model runs."""

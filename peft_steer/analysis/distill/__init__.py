@@ -1,0 +1,1 @@
+"""`peft-steer distill`: a tuned model as a steering adapter."""

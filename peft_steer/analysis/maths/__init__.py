@@ -1,0 +1,1 @@
+"""Moments, regressions, distances and derivatives."""

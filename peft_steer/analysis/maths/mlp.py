@@ -1,0 +1,146 @@
+"""A block's MLP as a function of its weights and its input, in float64: `f(W, h)`, a GLU or a plain MLP.
+
+Its structure is found by names of attributes, as in `sites.py`. Weights that are quantized are dequantized, and what a
+PEFT adapter changes of them (LoRA's `B A`) is merged in, in a copy: the model stays as it is.
+"""
+
+import copy
+import inspect
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from peft_steer.sites import Block, mlp_name, output_linear
+from peft_steer.tuners.steer.layer import SteerLayer
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The MLP of a block.
+
+    Attributes:
+        module: What maps the MLP's input `h`, `(..., d)`, to its output, `(..., d)`.
+        first: The module whose first argument is `h`.
+        output: Name in `module` of the linear layer that ends it, `W_d`.
+        takes_residual: Whether the module adds a second argument, the skip connection, itself (Bloom).
+    """
+
+    module: nn.Module
+    first: nn.Module
+    output: str
+    takes_residual: bool = False
+
+
+def find_mlp(block: Block) -> Mlp:
+    """The MLP of `block`.
+
+    Raises:
+        ValueError: If it is no GLU or plain MLP that can be recognised, such as a mixture of experts.
+    """
+    name = mlp_name(block)
+    if name is not None:
+        module = block.module.get_submodule(name)
+        output = output_linear(module)
+        if not output:
+            raise ValueError(
+                f"the MLP {block.name}.{name} ({type(module).__name__}) does not end in one linear layer, as a GLU "
+                "and a plain MLP do; a mixture of experts has no single Jacobian to compare steering with"
+            )
+        takes_residual = "residual" in inspect.signature(module.forward).parameters
+        return Mlp(module, module, output, takes_residual)
+    parts = {name: module for name, module in block.module.named_modules() if name}
+    for names in (("fc1", "activation_fn", "fc2"), ("intermediate", "output.dense")):
+        if all(name in parts for name in names):
+            chain = OrderedDict((name.rpartition(".")[2], parts[name]) for name in names)
+            return Mlp(nn.Sequential(chain), parts[names[0]], next(reversed(chain)))
+    raise ValueError(f"no MLP was recognised in block {block.name!r} ({type(block.module).__name__})")
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module` in float64 in which every linear layer is an ordinary one with its effective weight:
+    quantized weights are dequantized, active adapters merged.
+
+    Raises:
+        ValueError: If a layer's effective weight is not to be had, or a layer edits activations.
+    """
+    if any(isinstance(m, SteerLayer) for m in module.modules()):
+        raise ValueError(
+            "the tuned model's MLPs are steered: their activations are edited, not their weights. Compare with a "
+            "model or adapter that changes weights, such as LoRA"
+        )
+    if isinstance(module, BaseTunerLayer):
+        return _merged(module)
+    weight = getattr(module, "weight", None)
+    if weight is not None and (not weight.is_floating_point() or type(weight) not in (nn.Parameter, torch.Tensor)):
+        return _dequantized(module)
+    new = copy.copy(module)
+    new._parameters = {
+        k: p if p is None else nn.Parameter(p.detach().double(), requires_grad=False)
+        for k, p in module._parameters.items()
+    }
+    new._buffers = {
+        k: b.double() if b is not None and b.is_floating_point() else b for k, b in module._buffers.items()
+    }
+    new._modules = {name: plain_copy(child) for name, child in module._modules.items()}
+    return new
+
+
+def _dequantized(module: nn.Module) -> nn.Module:
+    weight = dequantize_module_weight(module)
+    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    if not weight.is_floating_point() or tuple(weight.shape) != shape:
+        raise ValueError(
+            f"the weights of {type(module).__module__}.{type(module).__name__} cannot be dequantized here; load the "
+            "model without quantization, or with bitsandbytes'"
+        )
+    return _linear(weight.detach().double(), module.bias)
+
+
+def _merged(layer: BaseTunerLayer) -> nn.Module:
+    """The linear layer that is equal to the adapted one."""
+    base = plain_copy(layer.get_base_layer())
+    if layer.disable_adapters:
+        return base
+    if not isinstance(layer, LoraLayer):
+        raise ValueError(
+            f"the adapter's {type(layer).__name__} has no change of weights to compare with: merge it into the base "
+            "and give the merged model as the tuned one"
+        )
+    if layer.merged:  # the base layer has it already
+        return base
+    for name in layer.active_adapters:
+        if name not in layer.lora_A and name not in layer.lora_embedding_A:
+            continue
+        if layer.lora_variant.get(name) is not None:
+            raise ValueError(
+                f"adapter {name!r} is a variant of LoRA (DoRA or another) whose change of weights is no sum; merge it "
+                "into the base and give the merged model as the tuned one"
+            )
+        base.weight += _delta(layer, name).to(base.weight.device)
+        if layer.lora_bias[name] and base.bias is None:
+            raise ValueError(
+                f"adapter {name!r} gives linear layers a bias (lora_bias) that they do not have in the base, which is "
+                "no change of a weight; train it without lora_bias to compare it"
+            )
+        if layer.lora_bias[name]:
+            base.bias += layer.lora_B[name].bias.detach().double() * layer.scaling[name]
+    return base
+
+
+def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
+    """`scaling * B A` in float64, in the layout of the base weight."""
+    delta = layer.lora_B[name].weight.detach().double() @ layer.lora_A[name].weight.detach().double()
+    return (delta.t() if getattr(layer, "fan_in_fan_out", False) else delta) * layer.scaling[name]
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().double(), requires_grad=False)
+    return linear

@@ -1,0 +1,1 @@
+"""What one cell does, in one process or in several."""

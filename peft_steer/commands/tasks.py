@@ -1,0 +1,123 @@
+"""`peft-steer tasks`: the tasks that ship, or one of them with a document of its data. All of it is in their YAML
+files."""
+
+import argparse
+import json
+import logging
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+
+import lm_eval_tasks
+from peft_steer.utils.errors import suggest
+
+
+SPLITS = ("train", "validation", "test")
+_HEADER = ("task", " / ".join(SPLITS), "output type", "licence of the data", "source")
+_DESCRIPTION = {"version", "splits", "license", "source", "path", "name"}  # the rest of `metadata` are parameters
+
+
+def main(argv: list[str]) -> int:
+    """Runs `peft-steer tasks`. Returns 0, or 2 if there is no such task."""
+    parser = argparse.ArgumentParser(prog="peft-steer tasks", description=__doc__)
+    parser.add_argument("name", nargs="?", help="a task; without it all are listed")
+    parser.add_argument("--include_path", help="folder with more tasks, as lm-eval's")
+    parser.add_argument(
+        "--metadata", type=_json, help="""the data's parameters, as lm-eval's: '{"data_dir": "DIR"}'"""
+    )
+    arguments = parser.parse_args(argv)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
+    folders = [str(Path(lm_eval_tasks.__file__).parent), *([arguments.include_path] if arguments.include_path else [])]
+    if arguments.include_path and not Path(arguments.include_path).is_dir():
+        print(f"peft-steer tasks: include_path: there is no folder {arguments.include_path!r}", file=sys.stderr)
+        return 2
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if arguments.name is None:
+        print(_table(manager))
+    elif arguments.name in manager.all_subtasks:
+        print(_details(manager, arguments.name, arguments))
+    elif arguments.name in manager.all_groups:
+        print(f"{arguments.name}: a group of {', '.join(_config(manager, arguments.name)['task'])}")
+    else:
+        hint = suggest(arguments.name, manager.all_tasks)
+        print(f"peft-steer tasks: there is no task {arguments.name!r}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
+def _config(manager: TaskManager, name: str) -> dict[str, Any]:
+    """A task's file with what it includes; functions are names."""
+    return manager.task_index[name].cfg
+
+
+def _table(manager: TaskManager) -> str:
+    rows = [_HEADER, *(_row(name, _config(manager, name)) for name in manager.all_subtasks)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    groups = [f"{name}: {', '.join(_config(manager, name)['task'])}" for name in manager.all_groups]
+    return "\n".join([*lines, "", "Groups:", *groups, "", "`peft-steer tasks NAME` shows one, with a prompt."])
+
+
+def _row(name: str, config: dict[str, Any]) -> tuple[str, ...]:
+    metadata = config.get("metadata") or {}
+    return name, _sizes(metadata), config.get("output_type", "–"), metadata.get("license", "–"), _source(config)
+
+
+def _sizes(metadata: dict[str, Any]) -> str:
+    sizes = metadata.get("splits") or {split: metadata.get(f"n_{split}") for split in SPLITS}
+    return " / ".join(f"{sizes[split]:,}" if sizes.get(split) else "–" for split in SPLITS)
+
+
+def _source(config: dict[str, Any]) -> str:
+    metadata = config.get("metadata") or {}
+    path = metadata.get("path") or config.get("dataset_path")
+    name = metadata.get("name") or config.get("dataset_name")
+    return metadata.get("source") or (f"{path} ({name})" if name else path or "–")
+
+
+def _details(manager: TaskManager, name: str, arguments: argparse.Namespace) -> str:
+    config, file = _config(manager, name), manager.task_index[name].yaml_path
+    metadata = {**(config.get("metadata") or {}), **(arguments.metadata or {})}
+    parameters = {key: value for key, value in metadata.items() if key not in _DESCRIPTION}
+    facts = dict(zip(_HEADER, _row(name, {**config, "metadata": metadata}), strict=True))
+    facts |= {
+        "metrics": ", ".join(metric["metric"] for metric in config.get("metric_list") or []),
+        "version": str(metadata.get("version", "–")),
+        "parameters": json.dumps(parameters),
+        "file": str(file),
+        "to read": ", ".join(str(path) for path in sorted(file.parent.glob("README.md"))) or "–",
+    }
+    width = max(map(len, facts))
+    lines = [f"{key.ljust(width)}  {value}" for key, value in facts.items()]
+    return "\n".join([*lines, "", _sample(name, arguments)])
+
+
+def _sample(name: str, arguments: argparse.Namespace) -> str:
+    """The sizes of the data here, and their first training document as a prompt and its answer."""
+    from peft_steer.evaluation.tasks import docs_of, load_task, pair_of  # slow to import, and only this needs it
+
+    try:
+        task, _ = load_task(name, arguments.include_path, metadata=arguments.metadata)
+        prompt, answer = pair_of(task, docs_of(task, "train", ("multiple_choice", "generate_until"))[0])
+    except (OSError, ValueError, ImportError) as error:
+        return f"No example: {error}"
+    docs = {"train": task.training_docs(), "validation": task.validation_docs(), "test": task.test_docs()}
+    sizes = " / ".join(f"{len(docs[split]):,}" if docs[split] is not None else "–" for split in SPLITS)
+    return "\n".join([f"Loaded: {sizes}. The first prompt:", _indented(prompt), "Its answer:", _indented(answer)])
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "  | ", lambda line: True)

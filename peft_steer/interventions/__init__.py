@@ -1,0 +1,1 @@
+"""What is added to a hidden state: one small module for each equation."""

@@ -1,0 +1,92 @@
+"""Edits of attention heads, where they lie side by side: at the input of the attention's output projection.
+
+`z`, of width `H * head_dim`, has the heads' outputs one after the other. Head `i` is edited to
+`z_i' = (1 + a_i) * z_i + v_i`, with vectors of `head_dim`; the methods differ in how `a` and `v` are trained.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .optimizer_hooks import Group, SteppedEdit, refuse_flat
+
+
+class _EditHeads(torch.autograd.Function):
+    """`z + scale * (a * z + v)`, computed in float32 or better, keeping `z` as it is for the gradient of `a`."""
+
+    @staticmethod
+    def forward(ctx, z, a, v, scale):
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, a)
+        ctx.scale = scale
+        return _plain_edit(z, a, v, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        z, a = ctx.saved_tensors
+        need_z, need_a, need_v, _ = ctx.needs_input_grad
+        grad = grad_out.reshape(-1, a.numel()).to(a.dtype)
+        grad_z = grad_a = grad_v = None
+        if need_z:
+            grad_z = torch.addcmul(grad, grad, a, value=ctx.scale).to(grad_out.dtype).view(grad_out.shape)
+        if need_a:
+            grad_a = (grad * z.reshape(grad.shape)).sum(0) * ctx.scale
+        if need_v:
+            grad_v = grad.sum(0) * ctx.scale
+        return grad_z, grad_a, grad_v, None
+
+
+def _plain_edit(z: torch.Tensor, a: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    x = z.to(a.dtype)
+    return torch.add(x, torch.addcmul(v, a, x), alpha=scale).to(z.dtype)
+
+
+class HeadEdit(SteppedEdit):
+    """`dz = a * z + v` for heads side by side in `z`, of width `H * head_dim`, with `a` and `v` made from `A` and `v`.
+
+    `A`, `v`: `(H, head_dim)`, zero at the start, so `dz = 0`. They may be stored in any dtype: everything is computed
+    in float32 or better, so that `1 + a` is not rounded to half precision.
+
+    Args:
+        num_heads: `H`. head_dim: the width of a head.
+        group: shared by the edits of one adapter in one model.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, group: Group | None = None, device=None, dtype=None):
+        super().__init__(group)
+        self.A = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
+        self.v = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
+        # Optimizer steps seen. Part of the adapter's state: a resumed training goes on where it was.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        for p in (self.A, self.v):
+            nn.init.zeros_(p) if init_weights else nn.init.normal_(p)
+
+    def acting(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`a` and `v` as they act now, `(H, head_dim)`, float32 (float64 if the parameters are)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define acting().")
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        a, v = (x.flatten() for x in self.acting())
+        return torch.addcmul(v, a, h.to(a.dtype)).to(h.dtype)
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if self.training:
+            refuse_flat("A", self.A)
+        with torch.autocast(h.device.type, enabled=False):
+            a, v = (x.flatten() for x in self.acting())
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (h, a, v)):
+                return _EditHeads.apply(h, a, v, scale)
+            return _plain_edit(h, a, v, scale)
+
+    def affine(self):
+        training, self.training = self.training, False
+        a, v = (x.flatten() for x in self.acting())
+        self.training = training
+        return torch.diag(a), v
+
+    @staticmethod
+    def after_step(edits, optimizer) -> None:
+        for edit in edits:
+            edit.steps += 1

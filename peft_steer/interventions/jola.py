@@ -1,0 +1,84 @@
+"""JoLA (arXiv 2502.01179): heads edited through hard-concrete gates, which learn which heads and how.
+
+Constants are the paper's and its code's: the gate is a sigmoid of temperature `beta`, stretched from (0, 1) to
+(`gamma`, `zeta`) and clamped, so that it can be exactly closed or open.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .base import at_least_float32
+from .heads import HeadEdit
+from .optimizer_hooks import add_gradient
+
+
+GAMMA, ZETA, BETA, EPS = -0.1, 1.1, 0.33, 1e-6
+LAMBDA, DECAY = 0.1, 0.01
+
+
+def training_gate(log_g: torch.Tensor) -> torch.Tensor:
+    """A random gate in [0, 1] for every entry: `clamp(1.2 sigmoid((logit u + log g) / beta) - 0.1, 0, 1)` with `u`
+    uniform on (eps, 1 - eps)."""
+    u = (1 - 2 * EPS) * torch.rand_like(log_g) + EPS
+    return _stretched(torch.sigmoid((torch.logit(u) + log_g) / BETA))
+
+
+def evaluation_gate(log_g: torch.Tensor) -> torch.Tensor:
+    """The gate in evaluation: `clamp(1.2 sigmoid(log g) - 0.1, 0, 1)`."""
+    return _stretched(torch.sigmoid(log_g))
+
+
+def _stretched(gate: torch.Tensor) -> torch.Tensor:
+    return ((ZETA - GAMMA) * gate + GAMMA).clamp(0, 1)
+
+
+def p_open(log_g: torch.Tensor) -> torch.Tensor:
+    """The probability that a training gate is not zero: `sigmoid(log g + beta ln 11)`."""
+    return torch.sigmoid(log_g - BETA * math.log(-GAMMA / ZETA))
+
+
+class Jola(HeadEdit):
+    """`z' = (1 + g2 * A) * z + g1 * v` with gates `g1`, `g2` for every head.
+
+    `log_g1`, `log_g2`: `(H,)`, Xavier-uniform at the start as in the authors' code, where `A = 0` and `v = 0` make
+    `dz = 0` whatever the gates. In training every forward pass draws one gate for each head and each of the two,
+    shared by the batch; recomputed under gradient checkpointing it draws the same, by the random state that
+    checkpointing restores (`preserve_rng_state`, torch's default). The loss gains the expected-L0 penalty
+    `[lambda sum_l mean_h p_open(g1) + (1 - lambda) sum_l mean_h p_open(g2)] / (L H)` over the adapter's `L` layers,
+    with `lambda = 0.1 exp(-0.01 t)` after `t` optimizer steps.
+
+    Args:
+        args, kwargs: those of [`HeadEdit`].
+    """
+
+    def __init__(self, num_heads: int, *args, init_weights: bool = True, device=None, dtype=None, **kwargs):
+        super().__init__(num_heads, *args, device=device, dtype=dtype, **kwargs)
+        self.log_g1 = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.log_g2 = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        super().reset_parameters(init_weights)
+        bound = math.sqrt(6 / (len(self.A) + 1))
+        for log_g in (self.log_g1, self.log_g2):
+            nn.init.uniform_(log_g, -bound, bound)
+
+    def gates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`g1` and `g2` of a forward pass, `(H,)`: random in training, the same ones always in evaluation."""
+        gate = training_gate if self.training else evaluation_gate
+        return gate(at_least_float32(self.log_g1)), gate(at_least_float32(self.log_g2))
+
+    def acting(self):
+        g1, g2 = self.gates()
+        return g2[:, None] * at_least_float32(self.A), g1[:, None] * at_least_float32(self.v)
+
+    @staticmethod
+    def before_step(edits) -> None:
+        weight = LAMBDA * math.exp(-DECAY * edits[0].steps.item())
+        for edit in edits:
+            heads = len(edit.A)
+            for log_g, factor in ((edit.log_g1, weight), (edit.log_g2, 1 - weight)):
+                p = p_open(at_least_float32(log_g))
+                add_gradient(log_g, p * (1 - p) * (factor / (len(edits) * heads * heads)))

@@ -1,0 +1,87 @@
+"""LoFiT (arXiv 2406.01563): heads are chosen first, then a vector is trained at each of them."""
+
+import logging
+
+import torch
+from peft import PeftConfig
+
+from .base import at_least_float32
+from .heads import HeadEdit
+from .optimizer_hooks import add_gradient, whole
+
+
+logger = logging.getLogger(__name__)
+
+
+class Lofit(HeadEdit):
+    """LoFiT (arXiv 2406.01563). First `A` and `v` of all heads are trained, with `l1_lambda * sum |A|` added to the
+    loss. After `selection_step` optimizer steps the `num_heads` heads with the largest L2 norm of `A` are chosen, over
+    all layers; of equals, those in lower layers, with lower numbers. `A` and `v` return to zero, with what the
+    optimizer remembers of them, and from then on only the chosen heads' `v` are trained.
+
+    The buffer `selected`, `(H,)`, says which heads may act. It is saved with the adapter, as the number of steps is.
+
+    Args:
+        chosen: how many heads are chosen; None for a tenth.
+        selection_step, l1_lambda: as above.
+        args, kwargs: those of [`HeadEdit`].
+    """
+
+    def __init__(
+        self, *args, chosen: int | None, selection_step: int, l1_lambda: float, init_weights: bool = True, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        self.chosen, self.selection_step, self.l1_lambda = chosen, selection_step, l1_lambda
+        self.register_buffer("selected", torch.ones(len(self.A), dtype=torch.bool, device=self.steps.device))
+        self.reset_parameters(init_weights)
+
+    def acting(self):
+        # By multiplication, not by a branch: every parameter has a gradient in both stages, which DDP insists on, and
+        # the stage need not be read from the device.
+        first = self.steps < self.selection_step
+        return at_least_float32(self.A) * first, at_least_float32(self.v) * self.selected[:, None]
+
+    @staticmethod
+    def before_step(edits) -> None:
+        if edits[0].steps.item() < edits[0].selection_step:
+            for edit in edits:
+                add_gradient(edit.A, edit.l1_lambda * edit.A.sign())
+
+    @staticmethod
+    def after_step(edits, optimizer) -> None:
+        HeadEdit.after_step(edits, optimizer)
+        if edits[0].steps.item() == edits[0].selection_step:
+            _select(edits, optimizer)
+
+
+def _select(edits: list[Lofit], optimizer: torch.optim.Optimizer) -> None:
+    norms = torch.cat([at_least_float32(whole(edit.A)).norm(dim=1) for edit in edits])
+    if not norms.isfinite().all():
+        raise RuntimeError("LoFiT cannot choose heads: `A` is not finite. Lower the learning rate.")
+    count = edits[0].chosen or max(1, len(norms) // 10)
+    chosen = torch.zeros_like(norms, dtype=torch.bool)
+    chosen[norms.sort(descending=True, stable=True).indices[:count]] = True
+    for edit, selected in zip(edits, chosen.split([len(edit.A) for edit in edits]), strict=True):
+        edit.selected.copy_(selected)
+        for p in (edit.A, edit.v):
+            p.zero_()
+            optimizer.state.pop(p, None)
+    logger.info(
+        "LoFiT chose %d of %d heads: %s",
+        count,
+        len(norms),
+        [(edit.place, head) for edit in edits for head in edit.selected.nonzero().flatten().tolist()],
+    )
+
+
+def warn_before_choice(config: PeftConfig, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`adapter`, the tensors to be saved; logs it if it is LoFiT's and has not chosen its heads yet."""
+    steps = max((int(x) for key, x in adapter.items() if key.endswith(".steps")), default=0)
+    if config.kind == "lofit" and steps < config.selection_step:
+        logger.warning(
+            "LoFiT's heads are not chosen yet: %d of `selection_step=%d` optimizer steps are done, and the saved "
+            "adapter edits all heads. Train longer, or lower `selection_step`.",
+            steps,
+            config.selection_step,
+        )
+    return adapter

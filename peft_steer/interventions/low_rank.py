@@ -1,0 +1,192 @@
+"""The paper's equations (arXiv 2603.00425, section 3): a fixed vector, and a low-rank edit, linear or nonlinear."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .base import Intervention, at_least_float32
+
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
+
+
+def _activation_backward(name: str | None, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    if name is None:
+        return grad
+    if name == "silu":
+        return torch.ops.aten.silu_backward(grad, z)
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(grad, z, 0)
+    if name == "gelu":
+        return torch.ops.aten.gelu_backward(grad, z)
+    return torch.ops.aten.tanh_backward(grad, torch.tanh(z))
+
+
+def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
+
+
+def _plain_edit(h, W_down, W_up, c, b, scale, activation):
+    """The edit, and the two tensors of width `r` that its derivative needs."""
+    z = F.linear(h, W_down, c)
+    a = ACTIVATIONS[activation](z) if activation else z
+    out = F.linear(a, W_up, b)
+    if scale != 1:
+        out = out.mul_(scale)
+    return out.add_(h), z, a
+
+
+class _LowRankEdit(torch.autograd.Function):
+    """`out = h + scale * (W_up act(W_down h + c) + b)`, keeping `out` for backward instead of `h`.
+
+    A forward hook runs outside the block's gradient checkpoint. `h`, kept for backward, would be kept for this edit
+    alone; `out` is the input of the next block, which keeps it anyway. `W_down`'s gradient needs `h` only in the
+    product `gz^T h`, and with `h = out - scale * (W_up a + b)` that is `gz^T out` minus terms of size `r x r`: `h` is
+    never rebuilt.
+    """
+
+    @staticmethod
+    def forward(ctx, h, W_down, W_up, c, b, scale, activation):
+        out, z, _ = _plain_edit(h, *_cast(h.dtype, W_down, W_up, c, b), scale, activation)
+        ctx.save_for_backward(out, z, W_down, W_up, b)
+        ctx.scale, ctx.activation = scale, activation
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        out, z, W_down, W_up, b = ctx.saved_tensors
+        scale, activation, dtype = ctx.scale, ctx.activation, out.dtype
+        need_h, need_down, need_up, need_c, need_b = ctx.needs_input_grad[:5]
+        shape = grad_out.shape
+        grad_out, out, z = (x.reshape(-1, x.shape[-1]) for x in (grad_out, out, z))
+        a = ACTIVATIONS[activation](z) if activation else z
+
+        grad_h = grad_down = grad_up = grad_c = grad_b = None
+        if need_b:
+            grad_b = grad_out.sum(0).to(b.dtype) * scale
+        if need_up:
+            grad_up = (grad_out.t() @ a).to(W_up.dtype) * scale
+        if need_h or need_down or need_c:
+            grad_z = _activation_backward(activation, (grad_out @ W_up.to(dtype)) * scale, z)
+            if need_h:
+                grad_h = torch.addmm(grad_out, grad_z, W_down.to(dtype)).view(shape)
+            sum_z = grad_z.sum(0).to(W_down.dtype)
+            if need_c:
+                grad_c = sum_z
+            if need_down:
+                # the corrections in the parameters' precision
+                steered = (grad_z.t() @ a).to(W_up.dtype) @ W_up.t()
+                if b is not None:
+                    steered = steered + torch.outer(sum_z, b)
+                grad_down = (grad_z.t() @ out).to(W_down.dtype) - scale * steered
+        return grad_h, grad_down, grad_up, grad_c, grad_b, None, None
+
+
+def low_rank_edit(
+    h: torch.Tensor,
+    W_down: torch.Tensor,
+    W_up: torch.Tensor,
+    c: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    scale: float = 1.0,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """`h + scale * (W_up act(W_down h + c) + b)`, fused; differentiable once.
+
+    Args:
+        h: hidden states, `(..., d)`, any floating dtype.
+        W_down: `(r, d)`. W_up: `(d, r)`. c: `(r,)` or None. b: `(d,)` or None. All of one floating dtype.
+        scale: strength of the edit.
+        activation: a key of `ACTIVATIONS`, or None for the identity.
+
+    Returns:
+        `(..., d)`, in the dtype of `h`.
+    """
+    if torch.is_autocast_enabled(h.device.type):  # it would return another dtype than the base model expects
+        with torch.autocast(h.device.type, enabled=False):
+            return low_rank_edit(h, W_down, W_up, c, b, scale, activation)
+    weights = (W_down, W_up, c, b)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, *weights)):
+        return _LowRankEdit.apply(h, *weights, scale, activation)
+    return _plain_edit(h, *_cast(h.dtype, *weights), scale, activation)[0]
+
+
+class FixedVector(Intervention):
+    """`dh = v` (paper, section 3: fixed steering vector). `v`: `(d,)`, zero at the start."""
+
+    def __init__(self, d: int, init_weights: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.v = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        if init_weights:
+            nn.init.zeros_(self.v)
+        else:
+            nn.init.normal_(self.v)
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        return self.v.to(h.dtype)
+
+    def affine(self):
+        return None, at_least_float32(self.v)
+
+
+class LowRank(Intervention):
+    """`dh = W_up act(W_down h) + b`: linear without `activation`, nonlinear with one (paper, section 3).
+
+    `W_down`: `(r, d)`, `W_up`: `(d, r)`, optional `b`: `(d,)`. At the start `W_up = 0`, `b = 0` and `W_down` is
+    Kaiming-uniform times 1e-3 (paper, appendix on hyperparameters), so `dh = 0`.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        r: int,
+        activation: str | None = None,
+        use_bias: bool = False,
+        init_weights: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.activation = activation
+        self.W_down = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
+        self.W_up = nn.Parameter(torch.empty(d, r, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(d, device=device, dtype=dtype)) if use_bias else None
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        nn.init.kaiming_uniform_(self.W_down, a=math.sqrt(5))
+        if init_weights:
+            with torch.no_grad():
+                self.W_down.mul_(1e-3)
+            nn.init.zeros_(self.W_up)
+        else:
+            nn.init.kaiming_uniform_(self.W_up, a=math.sqrt(5))
+        if self.b is not None:
+            nn.init.zeros_(self.b) if init_weights else nn.init.normal_(self.b)
+
+    @property
+    def W_read(self) -> torch.Tensor:
+        """The directions that the edit reads, `(r, d)`: `W_down`, unless a subclass constrains it."""
+        return self.W_down
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        a = F.linear(h, self.W_read.to(h.dtype))
+        if self.activation:
+            a = ACTIVATIONS[self.activation](a)
+        return F.linear(a, self.W_up.to(h.dtype), None if self.b is None else self.b.to(h.dtype))
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return low_rank_edit(h, self.W_read, self.W_up, b=self.b, scale=scale, activation=self.activation)
+
+    def affine(self):
+        if self.activation:
+            return None
+        M = at_least_float32(self.W_up) @ at_least_float32(self.W_read)
+        return M, None if self.b is None else at_least_float32(self.b)

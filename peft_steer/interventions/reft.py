@@ -1,0 +1,165 @@
+"""The ReFT family (arXiv 2404.03592), with the names and the letters of the authors' library `pyreft`.
+
+`f` is the identity unless an activation is given. LoReFT and DiReFT have orthonormal rows in `R`, the other two an
+unconstrained `W2` in its place. Each starts at `dh = 0` exactly, in every dtype.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .base import Intervention, at_least_float32
+from .low_rank import ACTIVATIONS, low_rank_edit
+
+
+class Loreft(Intervention):
+    """`dh = R^T (W h + b - R h)` with orthonormal rows of `R` (LoReFT, arXiv 2404.03592, equation 2).
+
+    `W`: `(r, d)`, `b`: `(r,)`, `R`: `(r, d)`. What is stored and trained for `R` is a matrix `V` of its shape, and
+    `R = L^-1 V` with `L L^T = V V^T` (Cholesky, in float32 or better): the rows of `R` are orthonormal to rounding
+    whatever the optimizer, a cast or a file did to `V`.
+
+    At the start `W = R`, so `dh = 0`. The rows of `R` then have disjoint random supports and entries `+-2^-k`: such a
+    matrix is orthonormal exactly, in every dtype, so that casting the adapter does not disturb `dh = 0` either.
+    """
+
+    def __init__(self, d: int, r: int, init_weights: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.V = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
+        self.W = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(r, device=device, dtype=dtype))
+        self.reset_parameters(init_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        r, d = self.V.shape
+        support = 4 ** int(math.log(d // r, 4))  # the square root of a power of 4 is exact
+        columns = torch.randperm(d, device=self.V.device)[: r * support]
+        rows = torch.arange(r, device=self.V.device).repeat_interleave(support)
+        signs = torch.randint(0, 2, (r * support,), device=self.V.device) * 2 - 1
+        self.V.zero_()
+        self.V[rows, columns] = (signs / math.sqrt(support)).to(self.V.dtype)
+        self.W.copy_(self.V)
+        self.b.zero_()
+        if not init_weights:
+            self.W.add_(torch.randn_like(self.W), alpha=d**-0.5)
+            nn.init.normal_(self.b)
+
+    @property
+    def R(self) -> torch.Tensor:
+        """The orthonormal rows, `(r, d)`, float32 (float64 if the parameters are)."""
+        V = at_least_float32(self.V)
+        with torch.autocast(V.device.type, enabled=False):
+            return torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        R = self.R.to(h.dtype)
+        return F.linear(F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype)) - F.linear(h, R), R.t())
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        R = self.R
+        return low_rank_edit(h, self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
+
+    def affine(self):
+        R = self.R
+        return R.t() @ (self.W.to(R.dtype) - R), R.t() @ self.b.to(R.dtype)
+
+
+class Direft(Loreft):
+    """`dh = R^T f(W h + b)` with orthonormal rows of `R`, kept as [`Loreft`] keeps them.
+
+    At the start `W = 0` and `b = 0`; every `f` here has `f(0) = 0`.
+    """
+
+    def __init__(self, *args, activation: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    @torch.no_grad()
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        super().reset_parameters(init_weights)
+        if init_weights:
+            self.W.zero_()
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        return F.linear(_f(self, h, self.W), self.R.to(h.dtype).t())
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        R = self.R
+        W, b = self.W.to(R.dtype), self.b.to(R.dtype)
+        return low_rank_edit(h, W, R.t(), c=b, scale=scale, activation=self.activation)
+
+    def affine(self):
+        if self.activation:
+            return None
+        R = self.R
+        return R.t() @ self.W.to(R.dtype), R.t() @ self.b.to(R.dtype)
+
+
+class Nodireft(Intervention):
+    """`dh = W2^T f(W1 h + b)`: DiReFT without orthonormality, as its paper writes it.
+
+    `W1`, `W2`: `(r, d)`, `b`: `(r,)`. At the start `W2 = 0`, `b = 0` and `W1` is Kaiming-uniform.
+    """
+
+    def __init__(
+        self, d: int, r: int, activation: str | None = None, init_weights: bool = True, device=None, dtype=None
+    ):
+        super().__init__()
+        self.activation = activation
+        self.W1 = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
+        self.W2 = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(r, device=device, dtype=dtype))
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        nn.init.kaiming_uniform_(self.W1, a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.W2)
+            nn.init.zeros_(self.b)
+        else:
+            nn.init.kaiming_uniform_(self.W2, a=math.sqrt(5))
+            nn.init.normal_(self.b)
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        return F.linear(_f(self, h, self.W1), self.W2.to(h.dtype).t())
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return low_rank_edit(h, self.W1, self.W2.t(), c=self.b, scale=scale, activation=self.activation)
+
+    def affine(self):
+        if self.activation:
+            return None
+        W2 = at_least_float32(self.W2)
+        return W2.t() @ self.W1.to(W2.dtype), W2.t() @ self.b.to(W2.dtype)
+
+
+class Noreft(Nodireft):
+    """`dh = W2^T (f(W1 h + b) - W2 h)`: LoReFT without orthonormality. Parameters and start as [`Nodireft`]'s.
+
+    With the identity as `f` it is the fused `W2^T ((W1 - W2) h + b)`; with another, plain autograd, which keeps `h`.
+    """
+
+    def delta(self, h: torch.Tensor) -> torch.Tensor:
+        W2 = self.W2.to(h.dtype)
+        return F.linear(_f(self, h, self.W1) - F.linear(h, W2), W2.t())
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if self.activation is None:
+            W2 = at_least_float32(self.W2)
+            return low_rank_edit(h, self.W1.to(W2.dtype) - W2, W2.t(), c=self.b, scale=scale)
+        with torch.autocast(h.device.type, enabled=False):
+            return Intervention.forward(self, h, scale)
+
+    def affine(self):
+        if self.activation:
+            return None
+        W2 = at_least_float32(self.W2)
+        return W2.t() @ (self.W1.to(W2.dtype) - W2), W2.t() @ self.b.to(W2.dtype)
+
+
+def _f(edit: Direft | Nodireft, h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    z = F.linear(h, W.to(h.dtype), edit.b.to(h.dtype))
+    return ACTIVATIONS[edit.activation](z) if edit.activation else z

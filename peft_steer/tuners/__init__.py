@@ -1,0 +1,1 @@
+"""The tuners that this package adds to PEFT."""

@@ -1,0 +1,282 @@
+"""`JointSteerLoraModel`: PEFT's LoRA, and the steering layers put in after it."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.integrations import init_empty_weights
+from torch import nn
+
+from peft_steer.registration import register
+from peft_steer.sites import hidden_size
+
+from ..steer.injection import (
+    check_adapter_name,
+    check_shapes,
+    check_state_dict,
+    keep_bnb_gradients,
+    rank_of,
+    record_shape,
+    resolve_sites,
+)
+from ..steer.layer import CHILD, device_and_dtype
+from ..steer.model import Strength
+from ..steer.position_hooks import check_stacks, track, untrack
+from .config import JOINT_STEER_LORA, JointSteerLoraConfig, prefixed_errors
+from .layer import CONTAINER, JointSteerLayer, plan_writers
+from .projection import JointLowRank
+from .saving import project_for_saving
+
+
+MARKER = f".{CHILD}.{CONTAINER}"
+HALVES = ("both", "lora", "steer")
+
+
+class JointSteerLoraModel(Strength, LoraModel):
+    """
+    LoRA and steering in one adapter ("Weight Updates as Activation Shifts", arXiv 2603.00425, joint adaptation):
+    PEFT's [`~peft.LoraModel`], with the edits of a [`SteerModel`] at the blocks. LoRA's own layers are PEFT's, for
+    every kind of quantized base.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to be adapted.
+        config ([`JointSteerLoraConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*): Create empty adapter weights on the meta device.
+
+    Returns:
+        `torch.nn.Module`: The adapted model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_steer import JointSteerLoraConfig
+
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> config = JointSteerLoraConfig(r=8, target_modules="all-linear", steer_r=8, task_type="CAUSAL_LM")
+        >>> model = get_peft_model(model, config)
+        ```
+    """
+
+    tuner_layer_cls = (LoraLayer, JointSteerLayer)
+
+    # --- injection: LoRA first, or PEFT would take the steering layers for an earlier adapter and not freeze the base
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        check_adapter_name(model, adapter_name)
+        config = self.peft_config[adapter_name]
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict and {key: x for key, x in state_dict.items() if MARKER not in key},
+        )
+        sites = self._sites
+        if state_dict is not None:
+            sites = {name: sites[name] for name in sites if any(f"{name}{MARKER}." in key for key in state_dict)}
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            self._inject_steering(adapter_name, config, sites)
+        self.set_halves(self._halves)
+        track(model, config.steer_positions)
+
+    def _prepare_model(self, peft_config: JointSteerLoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        steer = peft_config.steer_config()
+        with prefixed_errors():
+            blocks, _ = resolve_sites(model, steer)
+            record_shape(model, steer, next(iter(blocks.values())))
+            check_shapes(model, steer, blocks)
+            check_stacks(model, steer.positions, blocks)
+        self._writers = plan_writers(blocks, peft_config, partial(self._is_targeted, peft_config))
+        peft_config.steer_hidden_size, peft_config.steer_num_blocks = steer.hidden_size, steer.num_blocks
+        self._sites = {name: device_and_dtype(model.get_submodule(name), model) for name in blocks}
+        keep_bnb_gradients(model)
+
+    def _is_targeted(self, config: JointSteerLoraConfig, name: str) -> bool:
+        if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:  # PEFT has not resolved it yet
+            config = copy.copy(config)
+            config.target_modules = {name}
+        return bool(self._check_target_module_exists(config, name))
+
+    def _inject_steering(self, adapter_name: str, config: JointSteerLoraConfig, sites: dict) -> None:
+        steer = config.steer_config()
+        active = self.active_adapters
+        for name, (device, dtype) in sites.items():
+            lora = self.model.get_submodule(self._writers[name]) if name in self._writers else None
+            target = self.model.get_submodule(name)
+            layer = getattr(target, CHILD, None)
+            if layer is None:
+                layer = JointSteerLayer(target, hidden_size(self.model, name))
+                layer.set_adapter(active)
+            layer.update_layer(adapter_name, config, rank_of(steer, name), device, dtype, lora)
+            trainable = adapter_name in active and not config.inference_mode
+            layer.steer_edit[adapter_name].requires_grad_(trainable)
+
+    # --- what is on
+
+    _halves = "both"
+
+    def set_halves(self, halves: str) -> AbstractContextManager:
+        """Choose what acts of every active adapter: `"both"`, `"lora"` alone or `"steer"` alone.
+
+        It takes effect at once and lasts; used in a `with` statement, until its end. What is off has no gradients.
+        """
+        if halves not in HALVES:
+            raise ValueError(f"`halves={halves!r}` is unknown; choose one of {', '.join(map(repr, HALVES))}.")
+        before, self._halves = self._halves, halves
+        for layer in self._tuner_layers():
+            if isinstance(layer, JointSteerLayer):
+                layer.muted = halves == "lora"
+            elif layer.disable_adapters != (self._disabled or halves == "steer"):
+                layer._disable_adapters = not layer.disable_adapters
+        stack = ExitStack()
+        stack.callback(lambda: self.set_halves(before))
+        return stack
+
+    _disabled = False
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._disabled = not enabled
+        self.set_halves(self._halves)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        adapter_names = kwargs.get("adapter_names")
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            for layer in self._steer_layers():
+                layer.row_adapters = adapter_names and list(adapter_names)
+            try:
+                yield
+            finally:
+                for layer in self._steer_layers():
+                    layer.row_adapters = None
+
+    def _steer_layers(self) -> list[JointSteerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, JointSteerLayer)]
+
+    # --- merging and unloading
+
+    def _check_merge_allowed(self) -> None:
+        if self._steer_layers():
+            raise ValueError(
+                "The steering half of a joint adapter cannot be merged: it reads the skip connection, which is no "
+                "linear layer's output. `merge_lora_and_unload()` folds in the LoRA half and keeps the other as an "
+                "adapter; `unload()` removes both."
+            )
+        super()._check_merge_allowed()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        for layer in self._steer_layers():
+            layer.detach()
+        untrack(self.model)
+        return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+
+    def merge_lora_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> PeftModel:
+        """Fold the LoRA half of adapters into the base model, and keep their steering half as plain adapters.
+
+        It is no in-place operation: use the model that is returned. Its `save_pretrained` saves the steering adapters;
+        the base that they belong to is what its `unload()` returns, with LoRA merged.
+
+        Args:
+            progressbar, safe_merge: as `merge_and_unload` has them.
+            adapter_names: the adapters to merge; by default the active ones. Others are dropped.
+
+        Returns:
+            A PEFT model with a [`SteerConfig`] adapter for each of them, all active.
+        """
+        super()._check_merge_allowed()
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown or not names:
+            raise ValueError(f"`adapter_names={adapter_names!r}`: there are {list(self.peft_config)}, none other.")
+        configs = {name: self.peft_config[name] for name in names}
+        edits = {key: m for key, m in self.model.named_modules() if isinstance(m, JointSteerLayer)}
+        training = self.training
+        self.set_halves("both")
+        base = self._merge_lora(edits, progressbar=progressbar, safe_merge=safe_merge, adapter_names=names)
+
+        model = None
+        for name, config in configs.items():
+            steer = config.steer_config()
+            steer.modules_to_save = config.modules_to_save
+            if model is None:
+                model = get_peft_model(base, steer, name)
+            else:
+                model.add_adapter(name, steer)
+        for key, layer in edits.items():
+            for name in names:
+                if name in layer.steer_edit:
+                    target = base.get_submodule(key)
+                    _take_over(target.steer_edit[name], layer.steer_edit[name])
+                    target.scaling[name] = layer.scaling[name]
+        model.base_model.set_adapter(names)
+        return model.train(training)
+
+    def _merge_lora(self, edits: dict[str, JointSteerLayer], adapter_names: list[str], **kwargs) -> nn.Module:
+        for layer in edits.values():
+            for name in adapter_names:
+                if name in layer.steer_edit and isinstance(edit := layer.steer_edit[name], JointLowRank) and edit.acts:
+                    edit.project_()
+            layer.detach()
+        return self._unload_and_optionally_merge(merge=True, adapter_names=adapter_names, **kwargs)
+
+    def add_weighted_adapter(self, adapters: list[str], *args, **kwargs) -> None:
+        raise ValueError(
+            "Joint adapters cannot be combined into one: a nonlinear edit has no weighted sum of its rank. Activate "
+            "them together instead, `model.base_model.set_adapter([...])`, each with its `model.set_scale(name, x)`."
+        )
+
+    # --- the file
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        state_dict = project_for_saving(model, adapter_name, state_dict)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not any(MARKER in key for key in found):
+            # PEFT 0.21 goes by the names of modules, and finds nothing below a checkpoint wrapper (FSDP's
+            # `fsdp_activation_checkpointing`): it would save an empty file.
+            ours = re.compile(rf"\.lora_[^.]+\.{re.escape(adapter_name)}(\.|$)")
+            found |= {key: x for key, x in state_dict.items() if ours.search(key)}
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_state_dict(model, adapter_name, state_dict, MARKER)
+        return state_dict
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args, **kwargs):
+        return BaseTuner._convert_state_dict_for_initial_model.__func__(cls, *args, **kwargs)  # refuses, by name
+
+
+def _take_over(edit: nn.Module, trained: nn.Module) -> None:
+    """Give `edit` the parameters of `trained`, in their precision."""
+    state = dict(trained.named_parameters())
+    for name, p in list(edit.named_parameters()):
+        setattr(edit, name, nn.Parameter(state[name].detach().clone(), requires_grad=p.requires_grad))
+
+
+register(JOINT_STEER_LORA, JointSteerLoraConfig, JointSteerLoraModel)

@@ -1,0 +1,1 @@
+"""Steering: edits of hidden states at one or more places of every chosen block."""

@@ -1,0 +1,61 @@
+"""Folding affine edits into the linear layer before or after them, and taking them out again."""
+
+import torch
+from torch import nn
+
+
+class Folding:
+    """What a [`SteerLayer`] does when it is merged. `merging.py` says where that is exact."""
+
+    merged_adapters: list[str]
+    _merge_backup: tuple | None  # the linear layer, its own weight and its own bias
+
+    def merge_into(self, linear: nn.Module, adapter_names: list[str]) -> None:
+        """Fold affine edits of `linear`'s output into it: `y + s (M y + v)` with `y = W x + b` is
+        `(W + s M W) x + (b + s M b + s v)`. Those of its input, `x + s (M x + v)`: `(W + s W M) x + (b + s W v)`.
+
+        Args:
+            linear: an `nn.Linear`, or transformers' `Conv1D` (whose weight is transposed), with output (or input)
+                width `d`.
+            adapter_names: adapters of this layer whose `affine()` is not None.
+        """
+        original = self._merge_backup[1:] if self._merge_backup else (linear.weight, linear.bias)
+        weight, bias = original
+        transposed = not isinstance(linear, nn.Linear)
+        W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        W = W.t() if transposed else W
+        b = W.new_zeros(len(W)) if bias is None else bias.detach().to(W)
+        new_W, new_b, has_bias = W.clone(), b.clone(), bias is not None
+        for name in self.merged_adapters + adapter_names:
+            M, v = (x if x is None else x.detach().to(W) for x in self.steer_edit[name].affine())
+            if M is not None:
+                new_W += self.scaling[name] * (W @ M if self.at_input else M @ W)
+                new_b += 0 if self.at_input else self.scaling[name] * (M @ b)
+            if v is not None:
+                new_b += self.scaling[name] * (W @ v if self.at_input else v)
+                has_bias = True
+        self._merge_backup = (linear, *original)
+        linear.weight = nn.Parameter(
+            (new_W.t() if transposed else new_W).contiguous().to(weight.dtype), requires_grad=False
+        )
+        if has_bias:
+            linear.bias = nn.Parameter(new_b.to(weight.dtype), requires_grad=False)
+        self.merged_adapters = self.merged_adapters + adapter_names
+
+    @property
+    def merged_linear(self) -> nn.Module | None:
+        """The linear layer that holds merged edits, if any."""
+        return self._merge_backup[0] if self._merge_backup else None
+
+    @property
+    def merge_added_bias(self) -> bool:
+        """Whether merging gave a bias to a linear layer that has none."""
+        return self._merge_backup is not None and self._merge_backup[2] is None and self.merged_linear.bias is not None
+
+    def unmerge(self) -> None:
+        """Give the linear layer its own weight and bias back, bit for bit."""
+        if self._merge_backup is not None:
+            linear, weight, bias = self._merge_backup
+            linear.weight, linear.bias = weight, bias
+        self._merge_backup = None
+        self.merged_adapters = []

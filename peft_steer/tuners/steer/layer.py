@@ -1,0 +1,253 @@
+"""The interventions at one site, by adapter name: a child of the steered module, called by a hook on it."""
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_steer.interventions.base import Intervention
+from peft_steer.interventions.optimizer_hooks import Group
+from peft_steer.positions.spec import Selection, split
+
+from .building import build_intervention, device_and_dtype
+from .config import SteerConfig
+from .folding import Folding
+
+
+CHILD = "steering"  # must not contain the prefix `steer_`, or PEFT takes the container for a weight
+# Its name where the module's input is edited: some architectures' `attention` and `heads` are at the same module.
+INPUT_CHILD = f"input_{CHILD}"
+
+
+def steer_output(module: nn.Module, args: tuple, output):
+    """Forward hook: replace the hidden state that `module` returns (a tensor, or a tuple's first item) by the steered
+    one.
+
+    It is a module-level function, so that a steered model can be copied and pickled.
+    """
+    layer = getattr(module, CHILD)
+    if isinstance(output, torch.Tensor):
+        return layer(output)
+    if isinstance(output, tuple):
+        return (layer(output[0]), *output[1:])
+    raise TypeError(
+        f"{type(module).__name__} returns {type(output).__name__}; only a tensor or a tuple that begins with one can "
+        "be steered. Choose another `site` or `target_modules`."
+    )
+
+
+def steer_input(module: nn.Module, args: tuple) -> tuple:
+    """Forward pre-hook: replace the hidden state that `module` is given by the steered one."""
+    if not args:
+        raise TypeError(f"{type(module).__name__} gets no positional argument: its input cannot be steered.")
+    return (getattr(module, INPUT_CHILD)(args[0]), *args[1:])
+
+
+class SteerLayer(Folding, nn.Module, BaseTunerLayer):
+    """The edits of one module's output, or of its input.
+
+    With several active adapters every edit reads the same unsteered `h`: `out = h + sum_i scale_i dh_i(h)`, whatever
+    their order.
+
+    Args:
+        module (`nn.Module`): the steered module; this layer becomes its child.
+        d (`int`): width of the hidden states.
+        head_dim (`int`, *optional*): if the input is edited, which are attention heads side by side: their width.
+    """
+
+    adapter_layer_names = ("steer_edit",)
+    other_param_names = ("scaling", "initial_scaling", "positions")
+
+    # Which tokens the present forward pass has; see `tracking.py`.
+    selection: Selection | None = None
+    # Of the last forward pass, `(rows, tokens)`: the mask of what was edited; its shape, if that is everything.
+    steered: torch.Tensor | tuple[int, ...] | None = None
+
+    def __init__(self, module: nn.Module, d: int, head_dim: int | None = None):
+        super().__init__()
+        self.head_dim = head_dim
+        self.in_features = self.out_features = d
+        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())  # `steer_edit`
+        self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
+        self.positions: dict[str, str] = {}
+        self.merged_adapters: list[str] = []
+        self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
+        self._merge_backup: tuple | None = None
+        self._steered = (module,)  # in a tuple: the parent is not a submodule
+        module.add_module(self.child, self)
+        if self.at_input:
+            self._hook = module.register_forward_pre_hook(steer_input)
+        else:  # prepended, so that `output_hidden_states` records the steered state
+            self._hook = module.register_forward_hook(steer_output, prepend=True)
+
+    @property
+    def at_input(self) -> bool:
+        """Whether the module's input is edited, rather than its output."""
+        return self.head_dim is not None
+
+    @property
+    def child(self) -> str:
+        """The name of this layer in the module that it steers."""
+        return INPUT_CHILD if self.at_input else CHILD
+
+    def detach(self) -> None:
+        """Remove this layer from the module that it steers."""
+        self._hook.remove()
+        delattr(self._steered[0], self.child)
+
+    def update_layer(
+        self, adapter_name: str, config: SteerConfig, r: int, device, dtype, group: Group | None = None
+    ) -> None:
+        """Add the adapter `adapter_name`; `group` is that of the adapter's edits in the whole model."""
+        edits = [
+            build_intervention(
+                config, self.out_features, r, device=device, dtype=dtype, head_dim=self.head_dim, group=group
+            )
+            for _ in range(1 if config.tie_weights else 2)
+        ]
+        self.steer_edit[adapter_name] = (
+            edits[0] if config.tie_weights else nn.ModuleDict({"prefix": edits[0], "suffix": edits[1]})
+        )
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scale
+        self.positions[adapter_name] = config.positions
+
+    def positions_in_use(self) -> set[str]:
+        """The specifications other than `"all"` of the adapters that may act in the present forward pass."""
+        names = self.active_adapters if self.row_adapters is None else set(self.row_adapters)
+        specs = {self.positions[name] for name in names if name in self.positions}
+        return {part for spec in specs - {"all"} for part in (spec, *split(spec))}
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Steered hidden states, same shape `(..., d)` and dtype."""
+        if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint does not allow
+            self.steered = None
+        if self.disable_adapters or self.merged_adapters:
+            return hidden_states
+        if self.row_adapters is not None:
+            return self._steer_rows(hidden_states)
+        active = [name for name in self.active_adapters if name in self.steer_edit]
+        if len(active) == 1:
+            return self._steer(active[0], hidden_states)
+        out = hidden_states
+        for name in active:
+            out = out + (self._steer(name, hidden_states) - hidden_states)
+        return out
+
+    def _steer_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Rows of one item are consecutive: its beams, or its tokens where a model flattens the batch.
+        rows = hidden_states.reshape(len(self.row_adapters), -1, hidden_states.shape[-1])
+        out = rows.clone()
+        for name in sorted(set(self.row_adapters)):
+            if name in self.steer_edit:
+                chosen = [i for i, row_name in enumerate(self.row_adapters) if row_name == name]
+                out[chosen] = self._steer(name, rows[chosen], chosen)
+        return out.view(hidden_states.shape)
+
+    def _steer(self, name: str, h: torch.Tensor, items: list[int] | None = None) -> torch.Tensor:
+        """`h` steered by one adapter, where its positions are. `items`: those of the batch that `h` has, if not
+        all."""
+        edit, scale, positions = self.steer_edit[name], self.scaling[name], self.positions[name]
+        if not isinstance(edit, nn.ModuleDict):
+            return self._edit_at(positions, edit, h, scale, items)
+        for part, ends in zip(edit.values(), split(positions), strict=True):  # of different tokens
+            h = self._edit_at(ends, part, h, scale, items)
+        return h
+
+    def _edit_at(
+        self, positions: str, edit: Intervention, h: torch.Tensor, scale: float, items: list[int] | None
+    ) -> torch.Tensor:
+        if positions == "all":
+            self._record(True, h, items)
+            return edit(h, scale)
+        if self.selection is None:
+            raise ValueError(
+                f"`positions={positions!r}`: the steered layers do not know where the prompt ends: a part of the "
+                "model was called by itself, or is recomputed by something other than transformers' gradient "
+                "checkpointing. Call the whole model (`model(...)` or `model.generate(...)`)."
+            )
+        mask = self.selection.mask(positions)
+        if items is not None and isinstance(mask, torch.Tensor):
+            mask = mask.reshape(len(self.row_adapters), -1)[items]
+        if isinstance(mask, torch.Tensor) and mask.numel() * h.shape[-1] != h.numel():
+            raise ValueError(f"`positions`: hidden states {tuple(h.shape)} for tokens {tuple(mask.shape)}.")
+        self._record(mask, h, items)
+        if mask is True:
+            return edit(h, scale)
+        if mask is False:
+            return h
+        if torch.compiler.is_compiling():  # the number of rows would be a shape that depends on data
+            return torch.where(mask.reshape(*h.shape[:-1], 1), edit(h, scale), h)
+        flat = h.reshape(-1, h.shape[-1])
+        rows = self.selection.rows(positions) if items is None else mask.flatten().nonzero().flatten()
+        return flat.index_copy(0, rows, edit(flat.index_select(0, rows), scale)).view(h.shape)
+
+    def _record(self, mask: torch.Tensor | bool, h: torch.Tensor, items: list[int] | None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if mask is True and items is None:
+            self.steered = h.shape[:-1]
+            return
+        shape = h.shape[:-1] if items is None else (len(self.row_adapters), h.shape[1])
+        whole = torch.zeros(shape, dtype=torch.bool, device=h.device)
+        whole[... if items is None else items] = mask if isinstance(mask, bool) else mask.view(h.shape[:-1])
+        if self.steered is None:
+            self.steered = whole
+        elif isinstance(self.steered, torch.Tensor):
+            self.steered = self.steered | whole
+
+    # --- strength, named as in PEFT's LoRA layers
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the factor of `dh` to `scale` times the configured one."""
+        if adapter_name in self.scaling:
+            self.check_not_merged("set_scale")
+            self.scaling[adapter_name] = scale * self.initial_scaling[adapter_name]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factor of every active adapter by `scale`."""
+        self.check_not_merged("scale_layer")
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factor of every active adapter by `scale`, or return it to the configured one."""
+        self.check_not_merged("unscale_layer")
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
+
+    def check_not_merged(self, what: str) -> None:
+        """Raise `ValueError` if adapters are merged, which `what` would not reach."""
+        if self.merged_adapters:
+            raise ValueError(
+                f"`{what}` would not reach the merged adapters {self.merged_adapters}; unmerge them first."
+            )
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged; unmerge it first.")
+        super().delete_adapter(adapter_name)
+
+    # --- what `BaseTunerLayer` expects of a layer that wraps a `base_layer`, which this one does not
+
+    def get_base_layer(self) -> nn.Module:
+        return self
+
+    @property
+    def weight(self) -> torch.Tensor:
+        raise AttributeError(f"{type(self).__name__} has no attribute 'weight': it edits activations.")
+
+    @property
+    def bias(self) -> torch.Tensor:
+        raise AttributeError(f"{type(self).__name__} has no attribute 'bias': it edits activations.")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Called after loading with `low_cpu_mem_usage`: the weights keep the dtype of the file.
+        if adapter_name in self.steer_edit:
+            self.steer_edit[adapter_name].to(device or device_and_dtype(*self._steered, *self._steered)[0])

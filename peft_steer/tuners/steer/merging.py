@@ -1,0 +1,165 @@
+"""When an edit can be folded into the base's weights exactly, and the linear layer that it is folded into."""
+
+from collections.abc import Callable
+from types import MethodType
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_steer.sites import Block, output_linear, site_module
+
+from .config import SteerConfig
+from .injection import resolve_sites, site_at
+from .layer import CHILD, SteerLayer
+
+
+def plan_merge(
+    model: nn.Module, configs: dict[str, SteerConfig], adapter_names: list[str] | None = None
+) -> list[tuple[SteerLayer, nn.Module, list[str]]]:
+    """The layers to merge, each with the linear layer that takes its edits and the names of the adapters.
+
+    A fixed vector, and any edit without an activation of an MLP's or attention's output, is an affine function of what
+    one linear layer returns, unless a norm stands between them; at the heads, of what one reads. Nothing else is, and
+    a merge that changed nothing would be worse than none: generation from "merged" weights would come from the base
+    model.
+
+    Args:
+        model: the model that holds the layers.
+        configs: the configuration of each adapter.
+        adapter_names: the adapters to merge; by default the active ones.
+
+    Raises:
+        ValueError: if a merge would not be exact; says why, and what to do instead.
+    """
+    unknown = set(adapter_names or ()) - set(configs)
+    if unknown:
+        raise ValueError(f"There are no adapters {sorted(unknown)} to merge; there are {list(configs)}.")
+    plan = []
+    blocks: dict[str, dict[str, Block]] = {}
+    tried: set[tuple] = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SteerLayer):
+            continue
+        site_name = name.rpartition(".")[0]
+        names = [n for n in check_adapters_to_merge(layer, adapter_names) if n in layer.steer_edit]
+        if not names:
+            continue
+        for adapter in names:
+            if adapter not in blocks:
+                blocks[adapter] = resolve_sites(model, configs[adapter])[0]
+            linear = _linear_for(model, configs[adapter], site_name, blocks[adapter][site_name], tried)
+        plan.append((layer, linear, names))
+    _check_one_edit_per_linear(model, plan)
+    return plan
+
+
+def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Block, tried: set[tuple]) -> nn.Module:
+    def refuse(reason: str):
+        raise ValueError(
+            f"The adapter at {site_name!r} (site={site!r}, kind={config.kind!r}) cannot be merged: {reason}. "
+            "Keep it unmerged: `PeftModel.from_pretrained` runs it at nearly the base model's speed, and `unload()` "
+            "removes it."
+        )
+
+    site = site_at(config, site_name, block)
+    if config.positions != "all":
+        refuse(f"`positions={config.positions!r}` edits some tokens, a weight all of them")
+    if config.activation is not None:
+        refuse("a nonlinear edit equals no change of a weight")
+    if site == "block" and config.kind != "vector":
+        refuse("it reads the skip connection, which is no linear layer's output")
+    if site == "heads":
+        linear = model.get_submodule(site_name)
+        _check_plain(linear, refuse)
+        return linear
+    name, module = site_module(block, "mlp" if site == "block" else site)
+    if "norm" in name.rpartition(".")[2].lower():
+        refuse(f"the norm {name!r} stands between the last linear layer and the edit")
+    reader = getattr(module, CHILD, None) if site == "block" else None
+    if reader is not None and set(reader.active_adapters) & set(reader.steer_edit):
+        refuse(f"the active adapters at {name!r} would read it as part of the MLP's output")
+    inner = output_linear(module)
+    if inner is None:
+        refuse(f"no single linear layer returns the output of {name!r} ({type(module).__name__})")
+    linear = module.get_submodule(inner)
+    _check_plain(linear, refuse)
+    kind = (site, block.stack, type(block.module), type(module))  # blocks of one kind behave alike
+    if kind not in tried and not _arrives_unchanged(model, linear, model.get_submodule(site_name)):
+        refuse(f"what {name!r} returns is normalized, scaled or otherwise changed before the place of the edit")
+    tried.add(kind)
+    return linear
+
+
+def _check_plain(linear: nn.Module, refuse: Callable[[str], None]) -> None:
+    plain = isinstance(linear, (nn.Linear, Conv1D)) and type(linear.weight) is nn.Parameter
+    if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
+        refuse(f"the weight of {type(linear).__name__} is quantized, sharded, offloaded or adapted by another method")
+
+
+@torch.no_grad()
+def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) -> bool:
+    """Whether something added to `linear`'s output appears in `steered`'s output as it is: tried, on the model's
+    dummy input, since no attribute tells a block that normalizes after the sum (BERT, BART) from one that does not."""
+    if not hasattr(model, "dummy_inputs"):
+        raise ValueError(
+            f"Whether merging is exact is tried on `dummy_inputs`, which {type(model).__name__} does not have; define "
+            "it as transformers' models do (a dictionary of forward arguments)."
+        )
+    outputs, added = [], None
+
+    def add(module, args, output):
+        return output if added is None else output + added
+
+    def record(module, args, output):
+        outputs.append((output[0] if isinstance(output, tuple) else output).double())
+
+    modes = {module: module.training for module in model.modules()}
+    layers = [m for m in modes if isinstance(m, SteerLayer) and not m.disable_adapters]
+    handles = [linear.register_forward_hook(add), steered.register_forward_hook(record)]
+    try:
+        model.eval()
+        for layer in layers:
+            layer._disable_adapters = True
+        dummy = {name: x.to(linear.weight.device) for name, x in model.dummy_inputs.items()}
+        model(**dummy)
+        added = outputs[0].std().to(linear.weight.dtype) * torch.linspace(-1, 1, outputs[0].shape[-1]).to(
+            linear.weight
+        )
+        model(**dummy)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            layer._disable_adapters = False
+        for module, mode in modes.items():
+            module.training = mode
+    moved = outputs[1] - outputs[0]
+    tolerance = 1e-3 if linear.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((moved - added).norm() < tolerance * moved.norm())
+
+
+def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:
+    taken = {id(m.merged_linear): m for m in model.modules() if isinstance(m, SteerLayer) and m.merged}
+    for layer, linear, _ in plan:
+        if taken.setdefault(id(linear), layer) is not layer:
+            raise ValueError(
+                "Two edits would be merged into the same linear layer: a vector at the block and an edit at its MLP, "
+                "or one at the attention and one at its heads. Merge one and keep the other as an adapter."
+            )
+
+
+def refuse_to_save(model: nn.Module) -> None:
+    """Make `model.save_pretrained` raise: its configuration has no bias where merging had to add one, so
+    `from_pretrained` would drop the bias, silently."""
+    model.save_pretrained = MethodType(_save_refused, model)
+
+
+def _save_refused(model, *args, **kwargs):
+    raise ValueError(
+        "This model cannot be saved with the adapter merged: merging gave a bias to linear layers that have none in "
+        f"{type(model).__name__}'s configuration, and `from_pretrained` would drop it. Save the adapter instead (the "
+        "PeftModel's `save_pretrained`, before merging), or use an edit without a constant part (kind='linear', "
+        "use_bias=False)."
+    )

@@ -1,0 +1,280 @@
+"""`SteerModel`: injects the layers into a model, and everything PEFT does with an adapter."""
+
+import re
+from contextlib import contextmanager
+from functools import partial
+from typing import ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from peft_steer.interventions.lofit import warn_before_choice
+from peft_steer.interventions.optimizer_hooks import Group
+from peft_steer.registration import register
+
+from .config import STEER, SteerConfig
+from .injection import (
+    check_adapter_name,
+    check_shapes,
+    check_state_dict,
+    keep_bnb_gradients,
+    place,
+    rank_of,
+    record_shape,
+    resolve_sites,
+)
+from .layer import CHILD, INPUT_CHILD, SteerLayer, device_and_dtype
+from .merging import plan_merge, refuse_to_save
+from .position_hooks import check_stacks, track, untrack
+
+
+MARKER = f"{CHILD}.steer_edit"  # ends `INPUT_CHILD`'s as well
+
+
+class Strength:
+    """How strong adapters act, on a whole model; for a `BaseTuner` whose layers have methods of the same names."""
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the strength of an adapter to `scale` times the configured one: `h + scale * config.scale * dh`."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {list(self.peft_config)}.")
+        for layer in self._scalable_layers("set_scale"):
+            layer.set_scale(adapter_name, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters by `scale`."""
+        for layer in self._scalable_layers("scale_layer"):
+            layer.scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by `scale`, or return it to the configured one."""
+        for layer in self._scalable_layers("unscale_layer"):
+            layer.unscale_layer(scale)
+
+    def _tuner_layers(self) -> list:
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def _scalable_layers(self, what: str) -> list:
+        layers = self._tuner_layers()
+        for layer in layers:  # all of them, before the first is changed
+            if isinstance(layer, SteerLayer):
+                layer.check_not_merged(what)
+        return layers
+
+
+class SteerModel(Strength, BaseTuner):
+    """
+    Edits hidden states at one place of every chosen block, as [`SteerConfig`] says ("Weight Updates as Activation
+    Shifts: A Principled Framework for Steering", arXiv 2603.00425). The base model's weights are never touched, so it
+    may be quantized in any way.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to be adapted.
+        config ([`SteerConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*): Create empty adapter weights on the meta device.
+
+    Returns:
+        `torch.nn.Module`: The steered model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_steer import PostBlockSteerConfig
+
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model = get_peft_model(model, PostBlockSteerConfig(r=8, task_type="CAUSAL_LM"))
+        ```
+    """
+
+    prefix: str = "steer_"
+    tuner_layer_cls = SteerLayer
+    target_module_mapping: ClassVar[dict] = {}
+
+    # --- injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        check_adapter_name(model, adapter_name)
+        if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
+            child = rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})"
+            state_dict = {re.sub(child, ".", key): x for key, x in state_dict.items()}
+            self._check_sites_of(state_dict, model, adapter_name)
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        track(model, self.peft_config[adapter_name].positions)
+
+    def _check_sites_of(self, state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict if f".{self.prefix}" in key}
+        wrong = names - set(resolve_sites(model, config)[0])
+        if wrong:
+            raise ValueError(
+                f"The state dict has weights for {min(wrong)!r}, which the configuration does not steer "
+                f"(site={config.site!r}): they belong to different adapters."
+            )
+
+    def _prepare_adapter_config(self, peft_config: SteerConfig, model_config: dict) -> SteerConfig:
+        return peft_config  # the blocks are found in the model, not in a table of model types
+
+    def _prepare_model(self, peft_config: SteerConfig, model: nn.Module) -> None:
+        self._sites, self._excluded = resolve_sites(model, peft_config)
+        record_shape(model, peft_config, next(iter(self._sites.values())))
+        check_shapes(model, peft_config, self._sites)
+        check_stacks(model, peft_config.positions, self._sites)
+        self._group = Group()
+        keep_bnb_gradients(model)
+
+    def _check_target_module_exists(self, peft_config: SteerConfig, key: str):
+        return key in self._sites or (_ExcludedModule() if key in self._excluded else False)
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
+        child, width, head_dim = place(self.model, peft_config, current_key, self._sites[current_key])
+        layer = getattr(target, child, None)
+        if layer is None:
+            layer = SteerLayer(target, width, head_dim)
+        device, dtype = device_and_dtype(target, self.model)
+        layer.update_layer(adapter_name, peft_config, rank_of(peft_config, current_key), device, dtype, self._group)
+
+    # --- rows of one batch with different adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = self._tuner_layers()
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        unknown = set(adapter_names) - {"__base__"} - {name for layer in layers for name in layer.steer_edit}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds", "input_features"))
+        inputs = next((x for x in (*args[:1], *named, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        if inputs is not None and len(inputs) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(inputs)} respectively."
+            )
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        for layer in layers:
+            layer.row_adapters = list(adapter_names)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.row_adapters = None
+            for handle in handles:
+                handle.remove()
+
+    # --- merging and unloading
+
+    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+        plan_merge(self.model, self.peft_config, adapter_names)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base's weights where that is exact; `merging.py` says where it is.
+
+        Raises:
+            ValueError: before anything is changed: if it is not exact for one of them, if an active adapter would be
+                left out and stop acting, or, with `safe_merge`, if a parameter of theirs is not finite.
+        """
+        if any(layer.disable_adapters for layer in self._tuner_layers()):
+            raise ValueError("Cannot merge while the adapters are disabled; enable them first.")
+        plan = plan_merge(self.model, self.peft_config, adapter_names)
+        for layer, _, names in plan:
+            left_out = set(layer.active_adapters) & set(layer.steer_edit) - set(names) - set(layer.merged_adapters)
+            if left_out:
+                raise ValueError(
+                    f"The adapters {sorted(left_out)} are active but would not be merged, and would stop acting. "
+                    "Merge all active adapters together, or deactivate the others with `set_adapter`."
+                )
+        self._merge(plan, safe_merge)
+
+    def _merge(self, plan: list, safe_merge: bool) -> None:
+        for layer, _, names in plan if safe_merge else ():
+            for name in names:
+                if not all(p.isfinite().all() for p in layer.steer_edit[name].parameters()):
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        for layer, linear, names in plan:
+            layer.merge_into(linear, names)
+
+    def unmerge_adapter(self) -> None:
+        """Give the base its own weights back, bit for bit."""
+        for layer in self._tuner_layers():
+            layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:  # active adapters that are not named are dropped, as PEFT drops them
+            self._merge(plan_merge(self.model, self.peft_config, adapter_names), safe_merge)
+        layers = self._tuner_layers()
+        if any(layer.merge_added_bias for layer in layers) and merge:
+            refuse_to_save(self.model)
+        for layer in layers:
+            if not merge:
+                layer.unmerge()
+            layer.detach()
+        untrack(self.model)
+        # what is left to do is `modules_to_save`
+        return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar)
+
+    # --- the file
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # By our own marker and not by the names of modules, which PEFT 0.21 gets wrong below a checkpoint wrapper
+        # (FSDP's `fsdp_activation_checkpointing`): it then saves an empty file.
+        adapter = {key: x for key, x in state_dict.items() if f"{MARKER}.{adapter_name}." in key}
+        return warn_before_choice(config, adapter)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if MARKER in key:  # PEFT looks for it just before the parameter's name
+            return key.replace(f"{MARKER}.{adapter_name}.", f"{MARKER}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = {key.replace(f"{MARKER}.", f"{MARKER}.{adapter_name}."): x for key, x in state_dict.items()}
+        check_state_dict(model, adapter_name, state_dict, MARKER)
+        return state_dict
+
+
+def _pass_adapter_names(module, args, kwargs, adapter_names):
+    repeats = len(args[0]) // len(adapter_names)  # beams, returned sequences
+    return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
+
+
+register(STEER, SteerConfig, SteerModel)

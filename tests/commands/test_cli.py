@@ -1,0 +1,73 @@
+"""The console command, run as a user runs it; above all lm-eval's own command line on saved adapters."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from saved import save_adapter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_steer import PostBlockSteerConfig
+from peft_steer.commands import cli
+from peft_steer.evaluation.tasks import OUR_TASKS
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    """`peft-steer ARGUMENTS` in a process of its own."""
+    call = [sys.executable, "-m", "peft_steer.commands.cli", *arguments]
+    return subprocess.run(call, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def answers(model: torch.nn.Module, model_path: str, expressions: list[str]) -> torch.Tensor:
+    """The log-likelihoods of the ten digits after each expression, computed plainly."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    digits = [tokenizer(str(digit)).input_ids[0] for digit in range(10)]
+    with torch.no_grad():
+        logits = [model(**tokenizer(f"{text}=", return_tensors="pt")).logits[0, -1] for text in expressions]
+    return torch.stack(logits).log_softmax(-1)[:, digits]
+
+
+@pytest.mark.parametrize(
+    ("harness_model", "config"),
+    [
+        ("hf", PostBlockSteerConfig(r=2, task_type="CAUSAL_LM")),
+        ("peft-steer", LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")),
+    ],
+)
+def test_lm_eval_evaluates_saved_adapters(tiny_llama, tmp_path, harness_model, config):
+    adapter = save_adapter(tiny_llama, config, tmp_path / "adapter")
+    # The user's own tasks stay on the path beside ours.
+    (tmp_path / "mine.yaml").write_text(f"include: {OUR_TASKS}/listops/listops_short.yaml\ntask: my_very_own\n")
+    model_args = f"pretrained={tiny_llama},peft={adapter}"
+    arguments = ["--model", harness_model, "--model_args", model_args, "--device", "cpu", "--log_samples"]
+    arguments += ["--tasks", "listops_short,my_very_own", "--limit", "20", "--include_path", str(tmp_path)]
+    result = command("lm-eval", *arguments, "--output_path", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert all(task in result.stdout for task in ("listops_short", "my_very_own"))
+    samples = [
+        json.loads(line) for line in next(tmp_path.rglob("samples_listops_short*.jsonl")).read_text().splitlines()
+    ]
+    assert len(samples) == 20
+    expressions = [sample["doc"]["expression"] for sample in samples]
+    scores = torch.tensor([[float(score) for score, _ in sample["filtered_resps"]] for sample in samples])
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert (scores - answers(base, tiny_llama, expressions)).abs().mean() > 0.1
+    adapted = PeftModel.from_pretrained(base, adapter)
+    torch.testing.assert_close(scores, answers(adapted, tiny_llama, expressions), atol=1e-4, rtol=1e-4)
+
+
+def test_usage(monkeypatch, capsys):
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["peft-steer", *arguments])
+        return cli.main()
+
+    assert run("--help") == 0
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in ("bench", "cost", "lm-eval"))
+    assert run() == 2
+    assert run("benhc") == 2
+    assert "unknown command 'benhc'" in capsys.readouterr().err
