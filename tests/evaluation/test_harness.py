@@ -95,6 +95,9 @@ def test_quantized(base, lora):
     plain = PeftModel.from_pretrained(
         tf.AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization), lora
     )
+    for module in plain.modules():  # bitsandbytes' packed layers, on some processors, need wider models than this
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     expected = evaluate(HFLM(pretrained=plain.eval(), tokenizer=harness_model.tokenizer))
     assert_equal(evaluate(harness_model), expected)
     assert_equal(
