@@ -30,7 +30,8 @@ def main(argv: list[str]) -> int:
     if argv[0] not in ANALYSES:
         print(f"peft-steer analyze: unknown analysis {argv[0]!r}\n{_USAGE}", file=sys.stderr)
         return 2
-    return run_module(f"peft_steer.analysis.{argv[0].replace('-', '_')}", f"peft-steer analyze {argv[0]}", argv[1:])
+    module = {"errors": "error_growth"}.get(argv[0], argv[0].replace("-", "_"))
+    return run_module(f"peft_steer.analysis.{module}", f"peft-steer analyze {argv[0]}", argv[1:])
 
 
 def run_module(name: str, prog: str, argv: list[str]) -> int:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from peft_steer import needs_prompts
+from peft_steer.utils.bitsandbytes import keep_unpacked
 
 from .adapters import check, fingerprint, set_strength, take_off
 
@@ -95,6 +96,7 @@ class PeftSteerLM(HFLM):
         elif flags.keys() - {"load_in_4bit", "load_in_8bit"}:
             raise ValueError(f"{', '.join(flags)}: nothing is quantized without `load_in_4bit` or `load_in_8bit`")
         super()._create_model(*args, **kwargs)
+        keep_unpacked(self._model)
 
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None

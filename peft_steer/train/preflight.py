@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import Trainer
 
-from peft_steer.tuners.steer.injection import keep_bnb_gradients
 from peft_steer.tuners.steer.layer import SteerLayer
+from peft_steer.utils.bitsandbytes import keep_unpacked
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def preflight(trainer: Trainer, text: str) -> None:
     ids = ids.repeat(1, 2)  # never a single token
     labels = ids.clone()
     labels[:, : ids.shape[1] // 2] = -100  # a prompt and a completion, for adapters that steer one of them
-    keep_bnb_gradients(model)
+    keep_unpacked(model)
     training = model.training
     model.eval()
     try:

@@ -16,6 +16,7 @@ from peft_steer.analysis.first_order import inputs, measure, summary
 from peft_steer.analysis.inputs.pairs import blocks_of
 from peft_steer.analysis.maths.first_order_theory import Update, match
 from peft_steer.analysis.maths.mlp import find_mlp, plain_copy
+from peft_steer.utils.bitsandbytes import keep_unpacked
 
 
 # every one with a GLU or a plain MLP; the feed-forward layers of OPT and BERT are no module of their own
@@ -134,7 +135,9 @@ def test_quantized_weights_are_dequantized(bits, tmp_path):
     config = {**tiny.SMALL, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     tiny.tf.LlamaForCausalLM(tiny.tf.LlamaConfig(**config)).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
-    model = with_adapter(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+    keep_unpacked(model)
+    model = with_adapter(model)
     mlp, h = find_mlp(blocks_of(model)[0]), torch.randn(3, 64)
     with torch.no_grad():
         expected = mlp.module(h)

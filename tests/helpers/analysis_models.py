@@ -13,6 +13,7 @@ from peft_steer import PostBlockSteerConfig, SteerConfig
 from peft_steer.analysis.command import main
 from peft_steer.analysis.inputs.pairs import Pair, blocks_of
 from peft_steer.analysis.inputs.texts import Texts
+from peft_steer.utils.bitsandbytes import keep_unpacked
 
 
 ADAPTERS = {
@@ -64,7 +65,9 @@ def save_tuned(folder: str, target: Path, adapter: str | PeftConfig) -> str:
 
 def load_quantized(folder: str, base: str) -> nn.Module:
     """The model in `folder` in one of `tiny.BASES`' precisions."""
-    return AutoModelForCausalLM.from_pretrained(folder, **BASES[base]).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, **BASES[base]).eval().requires_grad_(False)
+    keep_unpacked(model)
+    return model
 
 
 def analyze(folder: Path, base: str, *words: str, adapter: str | PeftConfig | None = "lora") -> int:

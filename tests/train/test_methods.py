@@ -28,7 +28,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_trained_saved_loaded_and_scored(tiny_llama, tmp_path, command, method):  # noqa: F811
+def test_trained_saved_loaded_and_scored(tiny_llama, tmp_path, command, method):
     """The file's scores are those of the model that was trained, and not the base's."""
     config = METHODS[method]
     config.task_type = "CAUSAL_LM"

@@ -25,6 +25,7 @@ from transformers import (
 
 import peft_steer  # noqa: F401  (registers the tuner types)
 from peft_steer.sites import Block, select_blocks
+from peft_steer.utils.bitsandbytes import keep_unpacked
 from peft_steer.utils.hub import find_model
 
 from .error_context import blaming
@@ -264,6 +265,7 @@ def _read_tokenizer(path: str, flag: str) -> PreTrainedTokenizerBase:
 
 def _load(path: str, model_kwargs: dict[str, Any]) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(path, **model_kwargs)
+    keep_unpacked(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return _frozen(model if getattr(model, "is_quantized", False) else model.to(device))
 

@@ -35,6 +35,7 @@ from peft_steer.evaluation.datasets import sft_dataset, tokenize
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
 from peft_steer.evaluation.splits import complete_splits
+from peft_steer.utils.bitsandbytes import keep_unpacked
 
 from ..grid.plan import FULL, Cell
 from ..store import read_training, save_training
@@ -127,7 +128,9 @@ def _load(cell: Cell) -> PreTrainedModel:
     if cell.quantization:
         arguments["quantization_config"] = BitsAndBytesConfig(**cell.quantization)
         arguments["device_map"] = {"": device}
-        return AutoModelForCausalLM.from_pretrained(cell.source, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(cell.source, **arguments)
+        keep_unpacked(model)
+        return model
     return AutoModelForCausalLM.from_pretrained(cell.source, **arguments).to(device)
 
 

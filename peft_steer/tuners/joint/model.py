@@ -16,12 +16,12 @@ from torch import nn
 
 from peft_steer.registration import register
 from peft_steer.sites import hidden_size
+from peft_steer.utils.bitsandbytes import keep_unpacked
 
 from ..steer.injection import (
     check_adapter_name,
     check_shapes,
     check_state_dict,
-    keep_bnb_gradients,
     rank_of,
     record_shape,
     resolve_sites,
@@ -107,7 +107,7 @@ class JointSteerLoraModel(Strength, LoraModel):
         self._writers = plan_writers(blocks, peft_config, partial(self._is_targeted, peft_config))
         peft_config.steer_hidden_size, peft_config.steer_num_blocks = steer.hidden_size, steer.num_blocks
         self._sites = {name: device_and_dtype(model.get_submodule(name), model) for name in blocks}
-        keep_bnb_gradients(model)
+        keep_unpacked(model)
 
     def _is_targeted(self, config: JointSteerLoraConfig, name: str) -> bool:
         if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:  # PEFT has not resolved it yet

@@ -94,19 +94,6 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def keep_bnb_gradients(model: nn.Module) -> None:
-    """Turn off a path of bitsandbytes' `Linear4bit` that loses gradients.
-
-    On CPUs with AVX512-BF16, bitsandbytes (seen in 0.50.2) packs the weight in the first evaluation and from then on
-    computes outside autograd, in later training too, so whatever lies below gets wrong gradients or none. The packing
-    is undone by taking the layer's state dict.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-            module.state_dict()
-
-
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], marker: str) -> None:
     """Raise `ValueError` unless `state_dict` has exactly the tensors that the adapter has in `model`, of its shapes
     and without NaN."""

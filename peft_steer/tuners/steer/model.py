@@ -13,13 +13,13 @@ from torch import nn
 from peft_steer.interventions.lofit import warn_before_choice
 from peft_steer.interventions.optimizer_hooks import Group
 from peft_steer.registration import register
+from peft_steer.utils.bitsandbytes import keep_unpacked
 
 from .config import STEER, SteerConfig
 from .injection import (
     check_adapter_name,
     check_shapes,
     check_state_dict,
-    keep_bnb_gradients,
     place,
     rank_of,
     record_shape,
@@ -138,7 +138,7 @@ class SteerModel(Strength, BaseTuner):
         check_shapes(model, peft_config, self._sites)
         check_stacks(model, peft_config.positions, self._sites)
         self._group = Group()
-        keep_bnb_gradients(model)
+        keep_unpacked(model)
 
     def _check_target_module_exists(self, peft_config: SteerConfig, key: str):
         return key in self._sites or (_ExcludedModule() if key in self._excluded else False)
