@@ -17,6 +17,7 @@ ANALYSES = {
     "linear": "how linear the change made by fine-tuning is: the best maps of each rank, and how near they come",
     "oracle": "steer by what fine-tuning does to the hidden states: how near it comes to the tuned model, and spectra",
 }
+_MODULES = {"errors": "error_growth"}  # where the module's name is not the analysis's
 _USAGE = "usage: peft-steer analyze ANALYSIS --base MODEL --tuned MODEL_OR_ADAPTER ...\n\n" + "\n".join(
     f"  {name:13}{text}" for name, text in ANALYSES.items()
 )
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     if argv[0] not in ANALYSES:
         print(f"peft-steer analyze: unknown analysis {argv[0]!r}\n{_USAGE}", file=sys.stderr)
         return 2
-    module = {"errors": "error_growth"}.get(argv[0], argv[0].replace("-", "_"))
+    module = _MODULES.get(argv[0], argv[0].replace("-", "_"))
     return run_module(f"peft_steer.analysis.{module}", f"peft-steer analyze {argv[0]}", argv[1:])
 
 

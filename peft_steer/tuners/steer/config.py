@@ -271,7 +271,7 @@ class LofitConfig(SteerConfig):
     token. In the first `selection_step` optimizer steps `A` and `v` of all heads are trained, with
     `l1_lambda * sum |A|` added to the loss; then the `num_heads` heads with the largest L2 norm of `A` are chosen,
     `A` and `v` return to zero, and only the chosen heads' `v` are trained. Trainers stay as they are; the steps are
-    counted, the penalty added and the heads chosen around the optimizer's step (see `peft_steer/stepping.py`), and are
+    counted, the penalty added and the heads chosen around the optimizer's step (see `optimizer_hooks.py`), and are
     saved with the adapter. (The authors train in two runs, in the first of which `v` is fixed at zero.)
     """
 
@@ -284,8 +284,8 @@ class JolaConfig(SteerConfig):
     """
     [`SteerConfig`] with JoLA as default (arXiv 2502.01179): `z' = (1 + g2 * A) * z + g1 * v` for every attention head,
     on every token, with hard-concrete gates `g1`, `g2` of each head and a penalty on their being open. The constants
-    are the paper's (see `peft_steer/jola.py`). Trainers stay as they are: the penalty is added, and the steps of its
-    schedule are counted, around the optimizer's step (see `peft_steer/stepping.py`).
+    are the paper's (see `jola.py`). Trainers stay as they are: the penalty is added, and the steps of its
+    schedule are counted, around the optimizer's step (see `optimizer_hooks.py`).
     """
 
     site: str = field(default="heads", metadata={"help": _SITE_HELP})
