@@ -13,13 +13,13 @@ def make_engine(name: str = "local", jobs: int | None = None, address: str | Non
     if jobs is not None and jobs < 1:
         raise ValueError(f"--jobs {jobs}: at least one cell must run at a time")
     if name == "ray":
-        from .engines.ray import RayEngine
+        from .ray import RayEngine
 
         return RayEngine(address=address, jobs=jobs)
     if name != "local":
         raise ValueError(f"--engine {name}: there are 'local' and 'ray'")
     if address is not None:
         raise ValueError(f"--address {address}: only --engine ray has one")
-    from .engines.local import LocalEngine
+    from .local import LocalEngine
 
     return LocalEngine(jobs=jobs or 1)
