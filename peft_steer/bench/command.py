@@ -97,12 +97,17 @@ def _tasks(grid: "Grid") -> dict[str, Any]:
     from peft_steer.evaluation.splits import complete_splits
     from peft_steer.evaluation.tasks import evaluate_on, load_task
 
+    from .grid.task_checks import check_tasks
+
     loaded = {}
     for entry in grid.tasks:
-        loaded[entry.name], _ = load_task(entry.name, metadata=entry.metadata)
+        loaded[entry.name], _ = load_task(
+            entry.name, num_fewshot=entry.prompt.get("num_fewshot"), metadata=entry.metadata
+        )
         if remark := complete_splits(loaded[entry.name]):
             print(remark)
         evaluate_on(loaded[entry.name], grid.split)
+    check_tasks(grid, loaded)
     return loaded
 
 

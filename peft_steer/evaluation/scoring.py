@@ -8,13 +8,14 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 
 
-def score(harness: LM, task: ConfigurableTask, limit: int | None = None) -> dict[str, Any]:
+def score(harness: LM, task: ConfigurableTask, limit: int | None = None, **chat: Any) -> dict[str, Any]:
     """Evaluates a loaded task as lm-eval does.
 
     Args:
         harness: The model, as lm-eval knows it.
         task: What `peft_steer.evaluation.tasks.load_task` returns.
         limit: Documents to evaluate, None for all.
+        **chat: `apply_chat_template` and `system_instruction`, as lm-eval's flags.
 
     Returns:
         `metric`, the name of the task's first one; `score`; `stderr`, None where lm-eval knows none; `n`, the number
@@ -25,7 +26,8 @@ def score(harness: LM, task: ConfigurableTask, limit: int | None = None) -> dict
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)  # as `simple_evaluate` does; that one also asks pip for all packages
     name = task.config.task
-    output = lm_eval.evaluate(lm=harness, task_dict={"tasks": {name: task}, "groups": {}}, limit=limit)
+    chat["fewshot_as_multiturn"] = chat.get("apply_chat_template", False)  # as in training
+    output = lm_eval.evaluate(lm=harness, task_dict={"tasks": {name: task}, "groups": {}}, limit=limit, **chat)
     results = output["results"][name]
     key = next(key for key in results if "," in key and "_stderr," not in key)
     metric, filter_name = key.split(",")

@@ -42,10 +42,7 @@ def load_task(
         raise FileNotFoundError(f"include_path: there is no folder {include_path!r}")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"num_fewshot is {num_fewshot}, it must be at least 0")
-    paths = [str(OUR_TASKS), *([include_path] if include_path else [])]
-    manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
-    if name not in manager.all_tasks:  # lm-eval's thousands of files are read only when they are needed
-        manager = TaskManager(include_path=paths, metadata=metadata)
+    manager = _manager(name, include_path, metadata)
     if name in manager.all_groups:
         raise ValueError(f"task: {name!r} is a group; name one of its tasks, {manager.task_index[name].cfg['task']}")
     if name not in manager.all_subtasks:
@@ -57,6 +54,33 @@ def load_task(
         task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(FEWSHOT_SEED)
     return task, manager
+
+
+def load_tasks(name: str, metadata: dict[str, Any] | None = None) -> list[ConfigurableTask]:
+    """One task, or all tasks of a group such as MMLU or BBH, to be evaluated.
+
+    Args:
+        name: The task's or the group's.
+        metadata: As in [`load_task`].
+
+    Raises:
+        ValueError: If there is neither of that name.
+    """
+    manager = _manager(name, None, metadata)
+    if name not in manager.all_groups:
+        return [load_task(name, metadata=metadata)[0]]
+    members = list(manager.load(name)["tasks"].values())
+    for task in members:
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return members
+
+
+def _manager(name: str, include_path: str | None, metadata: dict[str, Any] | None) -> TaskManager:
+    paths = [str(OUR_TASKS), *([include_path] if include_path else [])]
+    manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+    if name not in manager.all_tasks:  # lm-eval's thousands of files are read only when they are needed
+        manager = TaskManager(include_path=paths, metadata=metadata)
+    return manager
 
 
 def evaluate_on(task: ConfigurableTask, split: str) -> None:

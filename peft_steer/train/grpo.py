@@ -34,14 +34,19 @@ _TASK = "task"  # the name of the task's own metric in `reward_funcs`
 
 
 def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    if arguments.training.use_vllm and isinstance(arguments.peft_config, (SteerConfig, JointSteerLoraConfig)):
+    check_rollouts(arguments.training, arguments.peft_config)
+    rewards = _rewards(arguments, task)
+    data = task_datasets(arguments, lambda split: grpo_dataset(task, split, **arguments.task.chat))
+    return {**data, "reward_funcs": rewards}
+
+
+def check_rollouts(training: GRPOConfig, peft_config: Any) -> None:
+    """Raises a `ValueError` if the rollouts would be the base's and not the adapter's."""
+    if training.use_vllm and isinstance(peft_config, (SteerConfig, JointSteerLoraConfig)):
         raise ValueError(
             "use_vllm: vLLM runs merged weights, and steering does not merge, so its rollouts would be the base's. "
             "Remove it, or set `use_transformers_continuous_batching: true`"
         )
-    rewards = _rewards(arguments, task)
-    data = task_datasets(arguments, lambda split: grpo_dataset(task, split, **arguments.task.chat))
-    return {**data, "reward_funcs": rewards}
 
 
 def _rewards(arguments: Arguments, task: Any) -> list[Callable | str]:
@@ -52,14 +57,28 @@ def _rewards(arguments: Arguments, task: Any) -> list[Callable | str]:
         raise ValueError("reward_funcs: is missing; name a `task`, a function or a reward model")
     if arguments.task.reward_metric and _TASK not in names:
         raise ValueError(f"reward_metric: the task's metric is not among `reward_funcs`; add {_TASK!r} to them")
-    return [*([model] if model else []), *(_reward(name, arguments, task) for name in names)]
+    return [
+        *([model] if model else []),
+        *(reward(name, task, arguments.task.reward_metric, arguments.task.apply_chat_template) for name in names),
+    ]
 
 
-def _reward(name: str, arguments: Arguments, task: Any) -> Callable:
+def reward(name: str, task: Any, metric: str | None = None, chat: bool = False) -> Callable:
+    """One of `reward_funcs`: `task`, a name of TRL's, or the dotted path of a function.
+
+    Args:
+        name: Which.
+        task: The lm-eval task, None if the data are no task's.
+        metric: Of the task, "metric,filter"; None for its first.
+        chat: Whether its prompts are chat messages.
+
+    Raises:
+        ValueError: If there is none of that name, or it cannot read such prompts.
+    """
     if name == _TASK:
         if task is None:
             raise ValueError(f"reward_funcs: {_TASK!r} is the metric of a task; name one with `task`")
-        return reward_function(task, arguments.task.reward_metric)
+        return reward_function(task, metric)
     known = {
         "accuracy_reward": accuracy_reward,
         "reasoning_accuracy_reward": reasoning_accuracy_reward,
@@ -67,7 +86,7 @@ def _reward(name: str, arguments: Arguments, task: Any) -> Callable:
         "get_soft_overlong_punishment": get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256),
     }
     if name in known:
-        if task is not None and not arguments.task.apply_chat_template and name != "get_soft_overlong_punishment":
+        if task is not None and not chat and name != "get_soft_overlong_punishment":
             raise ValueError(f"reward_funcs: {name!r} reads chat messages; set `apply_chat_template: true`")
         return known[name]
     if "." not in name:

@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_config, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .plan import FULL, Contender, Grid, Method, Model
+from .plan import FULL, Contender, Grid, Method, Model, peft_fields
 
 
 def contenders(grid: Grid) -> tuple[list[Contender], list[str]]:
@@ -68,7 +68,7 @@ def _trainable(source: str, config: str) -> int | None:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again, once, when the method is trained
-            return get_peft_model(bare, get_peft_config(fields)).get_nb_trainable_parameters()[0]
+            return get_peft_model(bare, get_peft_config(peft_fields(fields))).get_nb_trainable_parameters()[0]
     except (NotImplementedError, RuntimeError) as error:
         if "meta tensor" in str(error):
             return None

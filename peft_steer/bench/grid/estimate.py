@@ -56,6 +56,11 @@ class Estimator:
             if steps <= 0:
                 steps = cell.train.get("num_train_epochs", 3) * len(task.dataset[task.config.training_split]) / rows
             passes = 2 + full + bool(cell.train.get("gradient_checkpointing", True))
+            if cell.trainer == "grpo":  # the rollouts, at their full length, and a pass without gradients
+                tokens += cell.train.get("max_completion_length", 256)
+                passes += 1
+            elif cell.trainer == "dpo":  # two answers, and the reference's passes
+                rows, passes = 2 * rows, passes + 1
             operations += 2 * passes * n * tokens * rows * steps
         size = 1 if cell.quantization else _BYTES[cell.dtype]
         weights = n * (0.5 if cell.quantization.get("load_in_4bit") else size)

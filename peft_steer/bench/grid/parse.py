@@ -3,31 +3,38 @@
 import dataclasses
 import inspect
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
-import torch
 import yaml
 from transformers import BitsAndBytesConfig
-from trl import SFTConfig
 
 import peft_steer  # noqa: F401  (registers the tuner types)
 from peft_steer.utils.errors import suggest
 
-from .plan import FULL, Grid, Method, Model, Task
+from .extras import (
+    PROMPT,
+    check_extras,
+    parse_choose,
+    parse_count,
+    parse_prompt,
+    parse_reference,
+    parse_retention,
+    parse_rewards,
+)
+from .plan import FULL, STEER_RATE, Grid, Method, Model, Task, peft_fields
+from .trainers import check_layer, used_trainers
 
 
-# What the bench sets itself, so a grid's `train` may not.
-_OURS = {"output_dir", "learning_rate", "seed", "save_strategy", "report_to", "use_cpu", "completion_only_loss"}
 _DTYPES = ("float32", "bfloat16", "float16")
 _SPLITS = ("validation", "test")
 _GRID_KEYS = (
     *("model", "models", "task", "tasks", "methods", "dtype", "quantization", "gpus", "processes"),
-    *("split", "limit", "eval_batch_size", "seeds", "train", "match", "forgetting"),
+    *("split", "limit", "eval_batch_size", "seeds", "trainer", "train", "match", "choose"),
+    *("forgetting", "retention", "kl_prompts", "reference"),
 )
 # The paper's settings (arXiv 2603.00425): AdamW is TRL's default; an effective batch of 16.
 PAPER_TRAIN = {
@@ -86,18 +93,24 @@ def _grid(raw: Any, model: str | None, folder: Path) -> Grid:
         if len(models) > 1:
             raise ValueError(f"models: --model replaces the only model, here are {len(models)}")
         models = [{**models[0], "name": model} if isinstance(models[0], dict) else model]
+    trainers = used_trainers(raw)
     grid = Grid(
         models=tuple(_model(f"models[{i}]", m, raw) for i, m in enumerate(models)),
-        tasks=tuple(_task(f"tasks[{i}]", t, raw) for i, t in enumerate(_either(raw, "task"))),
-        methods=tuple(_method(i, m, raw) for i, m in enumerate(_typed("methods", raw["methods"], list))),
+        tasks=tuple(_task(f"tasks[{i}]", t, raw, trainers) for i, t in enumerate(_either(raw, "task"))),
+        methods=tuple(_method(i, m, raw, trainers) for i, m in enumerate(_typed("methods", raw["methods"], list))),
         split=_one_of("split", raw.get("split", "test"), _SPLITS),
         eval_batch_size=_positive("eval_batch_size", raw.get("eval_batch_size", 64)),
         seeds=tuple(_typed("seeds", s, int) for s in _listed("seeds", raw.get("seeds", [0, 1, 2]))),
-        train={**PAPER_TRAIN, **_train("train", raw.get("train", {}))},
+        train={**PAPER_TRAIN, **check_layer("train", raw.get("train", {}), trainers)},
         match=None if raw.get("match") is None else _typed("match", raw["match"], str),
         forgetting=_forgetting(raw.get("forgetting"), folder),
+        choose=parse_choose(raw.get("choose"), trainers),
+        retention=parse_retention(raw.get("retention")),
+        kl_prompts=parse_count("kl_prompts", raw.get("kl_prompts", 0)),
+        reference=parse_reference(raw.get("reference")),
     )
     _check_distinct(grid)
+    check_extras(grid)
     names = [method.name for method in grid.methods]
     if grid.match is not None and grid.match not in names:
         raise ValueError(f"match: no method has the name {grid.match!r}{suggest(grid.match, names)}")
@@ -140,19 +153,21 @@ def _model(where: str, raw: Any, grid: dict) -> Model:
     )
 
 
-def _task(where: str, raw: Any, grid: dict) -> Task:
+def _task(where: str, raw: Any, grid: dict, trainers: list[str]) -> Task:
     raw = dict(raw) if isinstance(raw, dict) else {"name": raw}
-    _check_keys(where, raw, ("name", "limit", "train", "metadata"))
+    _check_keys(where, raw, ("name", "limit", "train", "metadata", "rewards", *PROMPT))
     limit = raw.get("limit", grid.get("limit"))
     return Task(
         name=_typed(f"{where}: name", raw.get("name"), str),
         limit=None if limit is None else _positive("limit", limit),
-        train=_train(f"{where}: train", raw.get("train", {})),
+        train=check_layer(f"{where}: train", raw.get("train", {}), trainers),
         metadata=_typed(f"{where}: metadata", raw.get("metadata", {}), dict),
+        rewards=parse_rewards(where, raw.get("rewards"), trainers),
+        prompt=parse_prompt(where, raw),
     )
 
 
-def _method(index: int, raw: Any, grid: dict) -> Method:
+def _method(index: int, raw: Any, grid: dict, trainers: list[str]) -> Method:
     where = f"methods[{index}]"
     raw = dict(_typed(where, raw, dict))
     where = f"method {raw.get('name', index)!r}"
@@ -166,17 +181,19 @@ def _method(index: int, raw: Any, grid: dict) -> Method:
         raise ValueError(f"{where}: peft_type: unknown {type_name!r}{suggest(type_name, [*known, 'base', FULL])}")
     rates = raw.pop("learning_rate", list(paper_rates(type_name)))
     rates = tuple(_rate(f"{where}: learning_rate", r) for r in _listed(f"{where}: learning_rate", rates))
-    train = _train(f"{where}: train", raw.pop("train", {}))
-    ours = ("name", "peft_type", "learning_rate", "train")
+    trainer = raw.pop("trainer", grid.get("trainer", "sft"))
+    train = check_layer(f"{where}: train", raw.pop("train", {}), [trainer])
+    ours = ("name", "peft_type", "learning_rate", "trainer", "train")
     if type_name == FULL:
         _check_keys(where, raw, (), extra=ours)
-        return Method(name, {"peft_type": FULL}, rates, train)
+        return Method(name, {"peft_type": FULL}, rates, train, trainer=trainer)
     if type_name == "JOINT_STEER_LORA":
         given = grid.get("train", {})
         train = {**{key: value for key, value in _JOINT_TRAIN.items() if key not in given}, **train}
     matched = raw.pop("matched", None)
     sweep = _typed(f"{where}: sweep", raw.pop("sweep", {}), dict)
     fields = {f.name for f in dataclasses.fields(known[type_name]) if f.init} - {"peft_type"}
+    fields |= {STEER_RATE} if type_name == "JOINT_STEER_LORA" else set()
     _check_keys(where, raw, fields, extra=(*ours, "sweep", "matched"))
     _check_keys(f"{where}: sweep", sweep, fields)
     sweep = {
@@ -199,25 +216,15 @@ def _method(index: int, raw: Any, grid: dict) -> Method:
     elif matched in (*raw, *sweep):
         raise ValueError(f"{where}: {matched}: is given, and to be matched too; remove one")
     raw.setdefault("task_type", "CAUSAL_LM")
-    method = Method(name, {"peft_type": type_name, **raw}, rates, train, sweep, matched)
+    method = Method(name, {"peft_type": type_name, **raw}, rates, train, sweep, matched, trainer)
     for config in method.variants():
         try:
-            known[type_name](**{k: v for k, v in config.items() if k != "peft_type"})
+            known[type_name](**{k: v for k, v in peft_fields(config).items() if k != "peft_type"})
+            if STEER_RATE in config:
+                _rate(STEER_RATE, config[STEER_RATE])
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
     return method
-
-
-def _train(where: str, raw: Any) -> dict[str, Any]:
-    raw = _typed(where, raw, dict)
-    _check_keys(where, raw, {f.name for f in dataclasses.fields(SFTConfig) if f.init} - _OURS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers deprecates fields that TRL fills in
-            SFTConfig(output_dir="unused", report_to="none", use_cpu=not torch.cuda.is_available(), **raw)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    return raw
 
 
 def _forgetting(value: Any, folder: Path) -> str | None:
@@ -267,8 +274,7 @@ def _check_keys(where: str, raw: dict, allowed: Iterable[str], extra: tuple[str,
     for key in raw:
         if key not in allowed:
             prefix = f"{where}: " if where else ""
-            reason = "is set by the bench itself" if key in _OURS and where.endswith("train") else "unknown key"
-            raise ValueError(f"{prefix}{key}: {reason}{suggest(str(key), allowed)}")
+            raise ValueError(f"{prefix}{key}: unknown key{suggest(str(key), allowed)}")
 
 
 def _check_distinct(grid: Grid) -> None:

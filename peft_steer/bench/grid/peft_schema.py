@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_config
 from trl import SFTConfig
 
-from .plan import FULL, Cell
+from .plan import FULL, STEER_RATE, Cell, peft_fields
 
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -48,8 +48,11 @@ def export_peft(cells: Sequence[Cell], results: Sequence[dict[str, Any]], direct
     for cell, result in zip(cells, results, strict=True):
         if not cell.config or cell.split != "test" or result["status"] != "done":
             continue
-        arguments = _arguments(cell)
         kind, name = _names(cell, several_seeds)
+        if cell.trainer != "sft":
+            remarks.append(f"{kind}/{name}: no result for PEFT's comparison, which trains by supervision alone")
+            continue
+        arguments = _arguments(cell)
         folder = directory / _slug(cell.task)
         if reason := _inexpressible(cell, arguments):
             remarks.append(f"{kind}/{name}: no experiment for PEFT's benchmark: {reason}")
@@ -95,6 +98,8 @@ def _scheduler(arguments: SFTConfig) -> str | None:
 
 def _inexpressible(cell: Cell, arguments: SFTConfig) -> str | None:
     """Why `training_params.json` cannot say what this cell did; None if it can."""
+    if STEER_RATE in cell.config:
+        return "its optimizer has one learning rate"
     scheduler, steps = _scheduler(arguments), arguments.max_steps
     if steps < 1:
         return f"its length is in steps: set max_steps (num_train_epochs is {arguments.num_train_epochs:g})"
@@ -142,7 +147,7 @@ def _write_experiment(cell: Cell, arguments: SFTConfig, folder: Path) -> None:
     params["eval_steps"] = min(250, arguments.max_steps)
     _write(folder / "training_params.json", params)
     if cell.config["peft_type"] != FULL:
-        get_peft_config(dict(cell.config)).save_pretrained(folder)
+        get_peft_config(peft_fields(cell.config)).save_pretrained(folder)
 
 
 def _result(cell: Cell, result: dict[str, Any], arguments: SFTConfig, name: str) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def _result(cell: Cell, result: dict[str, Any], arguments: SFTConfig, name: str)
             "experiment_name": name,
             "peft_branch": None,
             "train_config": _train_config(cell, arguments),
-            "peft_config": None if full else _plain(get_peft_config(dict(cell.config)).to_dict()),
+            "peft_config": None if full else _plain(get_peft_config(peft_fields(cell.config)).to_dict()),
             "error_msg": "",
         },
         "train_info": {

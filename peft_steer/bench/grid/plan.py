@@ -12,11 +12,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .trainers import merge
+
 
 FULL = "full"  # the `peft_type` of full fine-tuning: every parameter, in the model's dtype
 VERSION = 2  # of the cells' keys and of the results' format
 _NAMES_AND_RESOURCES = ("name", "source", "forgetting", "gpus", "processes")  # do not decide a cell's result
-_EVALUATION = ("split", "limit", "eval_batch_size", "forgetting_hash")
+_EVALUATION = ("split", "limit", "eval_batch_size", "forgetting_hash", "retention", "kl_prompts")
+# Fields that came later. Left as they are, a cell has the key that it had before them: stores of results stay valid.
+_LATER = {"trainer": "sft", "rewards": [], "prompt": {}, "retention": [], "kl_prompts": 0}
+STEER_RATE = (
+    "steer_learning_rate"  # beside the fields of a joint adapter's config: the learning rate of its steering half
+)
+
+
+def peft_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a cell's `config`, what PEFT's config takes."""
+    return {key: value for key, value in config.items() if key != STEER_RATE}
 
 
 def _hash_of(path: str | None) -> str | None:
@@ -52,12 +64,17 @@ class Task:
         limit: Documents to evaluate, None for all.
         train: Overrides of the grid's `train` for this task.
         metadata: Parameters of its data, as lm-eval's `--metadata`.
+        rewards: Of `grpo`: "task" for the task's first metric, "METRIC,FILTER" for another one of it, and what
+            `peft-steer grpo` knows as `reward_funcs`; empty for the task's first metric alone.
+        prompt: `num_fewshot`, `apply_chat_template` and `system_instruction`, as lm-eval's flags.
     """
 
     name: str
     limit: int | None = None
     train: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    rewards: tuple[str, ...] = ()
+    prompt: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,7 @@ class Method:
         sweep: Fields of `config` and the values of which the best is chosen, together with the learning rate.
         matched: The integer field of `config` that the grid's `match` sets (by default `r`, where it is not given);
             None to leave the method as it is.
+        trainer: `"sft"`, `"grpo"` or `"dpo"`.
     """
 
     name: str
@@ -81,6 +99,7 @@ class Method:
     train: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     matched: str | None = None
+    trainer: str = "sft"
 
     def variants(self) -> list[dict[str, Any]]:
         """The configs that `sweep` means."""
@@ -99,10 +118,13 @@ class Cell:
         split: The evaluated one, `"validation"` or `"test"`.
         limit: Documents to evaluate, None for all.
         config: As in `Method`.
-        train: Fields of TRL's `SFTConfig`; empty for the untrained base.
-        metadata: As in `Task`.
+        train: Fields of the trainer's config in TRL; empty for the untrained base.
+        metadata, rewards, prompt: As in `Task`.
         forgetting: A text file on which the loss is measured before and after the training; None for none.
         forgetting_hash: Of its content.
+        trainer: As in `Method`.
+        retention: Other tasks that are scored too: `name`, `limit` and `metadata` of each.
+        kl_prompts: As in `Grid`.
     """
 
     name: str
@@ -123,6 +145,11 @@ class Cell:
     forgetting_hash: str | None = None
     gpus: float = 0
     processes: int = 1
+    trainer: str = "sft"
+    rewards: list[str] = field(default_factory=list)
+    prompt: dict[str, Any] = field(default_factory=dict)
+    retention: list[dict[str, Any]] = field(default_factory=list)
+    kl_prompts: int = 0
 
     @property
     def key(self) -> str:
@@ -135,7 +162,7 @@ class Cell:
         return self._hash((*_NAMES_AND_RESOURCES, *_EVALUATION))
 
     def _hash(self, without: tuple[str, ...]) -> str:
-        defining = {k: v for k, v in asdict(self).items() if k not in without}
+        defining = {k: v for k, v in asdict(self).items() if k not in without and _LATER.get(k, ...) != v}
         return hashlib.sha256(json.dumps([VERSION, defining], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -155,6 +182,25 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A published score.
+
+    Attributes:
+        method, task, model: What it is of, by the grid's names; no `model` for the grid's only one.
+        score: Its value, in the units of the task's metric.
+        n: Test items that it is a mean over, None if that is not known.
+        source: Where it was published.
+    """
+
+    method: str
+    task: str
+    score: float
+    source: str
+    n: int | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
 class Grid:
     """A comparison.
 
@@ -163,9 +209,13 @@ class Grid:
         split: `"test"` for results, `"validation"` to look at the choices of rates alone.
         eval_batch_size: Documents per forward pass of the evaluation.
         seeds: Each method is trained once with each. Rates are chosen with the first alone.
-        train: Fields of TRL's `SFTConfig`, for all methods.
+        train: Fields of the trainers' configs in TRL, for all methods; see `trainers.py`.
         match: The name of the method whose number of parameters the others' ranks are to match.
         forgetting: A text file, see `Cell`.
+        choose: What is other where a choice is made: `limit`, and fields of `train`, such as fewer steps.
+        retention: Tasks of which it is asked what the training leaves of them, see `Cell`.
+        kl_prompts: Prompts of the evaluated split on which the divergence from the base is measured; 0 for none.
+        reference: Published scores to stand beside ours.
     """
 
     models: tuple[Model, ...]
@@ -177,18 +227,36 @@ class Grid:
     train: dict[str, Any] = field(default_factory=dict)
     match: str | None = None
     forgetting: str | None = None
+    choose: dict[str, Any] = field(default_factory=dict)
+    retention: tuple[dict[str, Any], ...] = ()
+    kl_prompts: int = 0
+    reference: tuple[Reference, ...] = ()
 
     def groups(self, contenders: list[Contender]) -> Iterator[list[Cell]]:
         """The cells of each model, task and method with the first seed, on the split where a choice is made."""
         for contender, task in self._pairs(contenders):
             choices = list(itertools.product(contender.configs, contender.method.learning_rates))
-            split = "validation" if len(choices) > 1 else self.split
-            yield [self._cell(contender, task, config, rate, self.seeds[0], split) for config, rate in choices]
+            cells = [self._cell(contender, task, config, rate) for config, rate in choices]
+            yield cells if len(cells) == 1 else [self._candidate(cell, task) for cell in cells]
 
     def repeated(self, cell: Cell) -> list[Cell]:
-        """A chosen cell with every seed (the untrained base has no seed), on the grid's split."""
-        seeds = self.seeds if cell.config else [cell.seed]
-        return [replace(cell, seed=seed, split=self.split) for seed in seeds]
+        """A chosen cell with every seed (the untrained base has no seed), as the grid reports it."""
+        method = next(method for method in self.methods if method.name == cell.name)
+        task = next(task for task in self.tasks if task.name == cell.task)
+        reported = {"limit": task.limit, "train": self._train(task, method), **self._reported()}
+        return [replace(cell, seed=seed, **reported) for seed in (self.seeds if cell.config else [cell.seed])]
+
+    def _candidate(self, cell: Cell, task: Task) -> Cell:
+        """The cell by which a choice is made. What is kept of other tasks is measured where results are reported."""
+        unreported = {} if self.split == "validation" else {"split": "validation", "retention": [], "kl_prompts": 0}
+        train = {**cell.train, **merge(cell.trainer, self.choose.get("train", {}))}
+        return replace(cell, train=train, limit=self.choose.get("limit", task.limit), **unreported)
+
+    def _reported(self) -> dict[str, Any]:
+        return {"split": self.split, "retention": list(self.retention), "kl_prompts": self.kl_prompts}
+
+    def _train(self, task: Task, method: Method) -> dict[str, Any]:
+        return merge(method.trainer, self.train, task.train, method.train) if method.config else {}
 
     def _pairs(self, contenders: list[Contender]) -> Iterator[tuple[Contender, Task]]:
         for model in self.models:  # cells of one model follow each other: it is loaded once
@@ -197,9 +265,7 @@ class Grid:
                     if contender.model == model:
                         yield contender, task
 
-    def _cell(
-        self, contender: Contender, task: Task, config: dict[str, Any], rate: float, seed: int, split: str
-    ) -> Cell:
+    def _cell(self, contender: Contender, task: Task, config: dict[str, Any], rate: float) -> Cell:
         model, method = contender.model, contender.method
         return Cell(
             name=method.name,
@@ -208,16 +274,19 @@ class Grid:
             dtype=model.dtype,
             quantization=model.quantization,
             task=task.name,
-            split=split,
             limit=task.limit,
             eval_batch_size=self.eval_batch_size,
             config=config,
             learning_rate=rate,
-            seed=seed if config else 0,
-            train={**self.train, **task.train, **method.train} if config else {},
+            seed=self.seeds[0] if config else 0,
+            train=self._train(task, method),
+            trainer=method.trainer,
             metadata=task.metadata,
+            rewards=list(task.rewards) if method.trainer == "grpo" else [],
+            prompt=task.prompt,
             forgetting=self.forgetting,
             forgetting_hash=_hash_of(self.forgetting),
             gpus=model.gpus,
             processes=model.processes if config else 1,
+            **self._reported(),
         )

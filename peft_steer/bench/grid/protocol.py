@@ -33,6 +33,9 @@ def run_grid(grid: Grid, contenders: list[Contender], run: Callable[[list[Cell]]
         best, remark = _choose(group, [found[cell.key] for cell in group]) if _is_sweep(group) else (group[0], None)
         remarks += [remark] if remark else []
         chosen += grid.repeated(best) if best else []
+    if grid.choose:
+        said = {**grid.choose, **grid.choose.get("train", {})}
+        remarks.append("Chosen with " + ", ".join(f"{key} {value}" for key, value in said.items() if key != "train"))
     final = [cell for cell in chosen if cell.key not in found]  # looking at the sweep alone, they are the same
     return Outcome(final + sweep, [*run(final), *found.values()], remarks)
 

@@ -1,10 +1,8 @@
-"""One cell of a comparison: train a method with TRL's `SFTTrainer`, evaluate it with lm-eval, measure its costs."""
+"""One cell of a comparison: train a method, evaluate it with lm-eval, measure its costs."""
 
 import json
-import math
 import platform
 import statistics
-import tempfile
 import time
 import warnings
 from datetime import datetime, timezone
@@ -17,7 +15,7 @@ import peft
 import torch
 import transformers
 import trl
-from peft import PeftModel, get_peft_config
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,22 +23,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import SFTConfig, SFTTrainer
 
-from peft_steer.cost import saved_bytes
 from peft_steer.cost.measure import greedy_decoding, interleaved_seconds
 from peft_steer.cost.methods import share
-from peft_steer.evaluation import tasks
-from peft_steer.evaluation.datasets import sft_dataset, tokenize
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
-from peft_steer.evaluation.splits import complete_splits
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
 from ..grid.plan import FULL, Cell
-from ..store import read_training, save_training
+from ..store import read_training
+from .divergence import divergence
 from .forgetting import text_loss
-from .memory import ReservedMemory, peak_bytes, reset_peak
+from .prompts import chat_of, task_of
+from .retention import kept
+from .training import train
 
 
 _DECODED_TOKENS, _DECODING_ROUNDS = 8, 5
@@ -71,20 +67,18 @@ class Runner:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own and TRL's code
         created_at, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
         base, tokenizer = self._base(cell)
-        task, _ = tasks.load_task(cell.task, metadata=cell.metadata)
-        complete_splits(task)
-        tasks.evaluate_on(task, cell.split)
+        task = task_of(cell)
         full = cell.config.get("peft_type") == FULL
         names = ("train_seconds", "train_tokens", "train_samples", "peak_bytes", "reserved_bytes", "saved_bytes")
-        costs = dict.fromkeys((*names, "adapter_bytes", "decode_ratio", "loss", "forgetting"))
+        costs = dict.fromkeys((*names, "adapter_bytes", "decode_ratio", "loss", "forgetting", "retention", "curves"))
         costs |= {"trainable": 0, "parameters": base.num_parameters()}
         before = text_loss(base, tokenizer, cell.forgetting) if cell.forgetting and cell.config else None
         transformers.set_seed(cell.seed)
-        model = base if full else share(base)
+        model = base.requires_grad_(True) if full else share(base)  # adapters on the same weights froze them
         if cell.config:
             trained = read_training(adapter_dir)
             if trained is None:
-                model, trained = _train(cell, model, tokenizer, task, adapter_dir)
+                model, trained = train(cell, model, tokenizer, task, adapter_dir)
             else:
                 model = PeftModel.from_pretrained(model, adapter_dir)
                 start -= trained["train_seconds"]  # it took that time too, in another cell
@@ -94,7 +88,12 @@ class Runner:
         if cell.config and not full:
             costs["decode_ratio"] = _decode_ratio(base, model, tokenizer)
         harness = PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size)
-        scores = _of_items(score(harness, task, cell.limit), cell.task)
+        scores = _of_items(score(harness, task, cell.limit, **chat_of(cell)), cell.task)
+        if cell.retention:
+            costs["retention"] = {name: _of_items(found, name) for name, found in kept(harness, cell.retention)}
+        if cell.kl_prompts and cell.config:
+            reference = _load(cell) if full or self._sums != _sums(base) else base
+            costs |= divergence(model, reference, tokenizer, task, cell)
         if full or self._sums != _sums(base):  # some PEFT initializations write into the base
             self._loaded = ()
         costs |= {"created_at": created_at, "total_seconds": time.perf_counter() - start}
@@ -136,70 +135,6 @@ def _load(cell: Cell) -> PreTrainedModel:
 
 def _sums(model: torch.nn.Module) -> list[float]:
     return [parameter.detach().double().sum().item() for parameter in model.parameters()]
-
-
-def _train(
-    cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Any, adapter_dir: Path
-) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
-    full = cell.config["peft_type"] == FULL
-    pairs = sft_dataset(task)
-    arguments = {"bf16": False, "logging_steps": 10, "disable_tqdm": False, **cell.train}
-    with tempfile.TemporaryDirectory(prefix="peft-steer-") as unused:
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(
-                output_dir=unused,
-                learning_rate=cell.learning_rate,
-                seed=cell.seed,
-                save_strategy="no",
-                completion_only_loss=True,  # its default looks for the untokenized columns
-                report_to="none",
-                use_cpu=not torch.cuda.is_available(),
-                **arguments,
-            ),
-            train_dataset=tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until"),
-            processing_class=tokenizer,
-            peft_config=None if full else get_peft_config(dict(cell.config)),
-        )
-        reserved = ReservedMemory()
-        trainer.add_callback(reserved)
-        reset_peak()
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
-    trained = trainer.model
-    costs = {
-        "train_seconds": seconds,
-        "train_tokens": next(e["num_tokens"] for e in reversed(trainer.state.log_history) if "num_tokens" in e),
-        "train_samples": _samples(trainer),
-        "peak_bytes": peak_bytes(),
-        "reserved_bytes": reserved.summary(),
-        "loss": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
-    }
-    n_rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
-    rows = [trainer.train_dataset[i] for i in range(n_rows)]
-    batch = {name: value.to(trained.device) for name, value in trainer.data_collator(rows).items()}
-    costs["saved_bytes"] = saved_bytes(trained, batch)
-    if full:  # not kept: a whole model for every cell would fill the disk
-        costs["trainable"] = costs["parameters"] = trained.num_parameters()
-        costs["adapter_bytes"] = sum(p.nbytes for p in trained.parameters())
-        return trained, costs
-    costs["trainable"], costs["parameters"] = trained.get_nb_trainable_parameters()
-
-    def save(folder: Path) -> None:
-        trained.save_pretrained(folder)
-        costs["adapter_bytes"] = (folder / "adapter_model.safetensors").stat().st_size
-
-    save_training(adapter_dir, save, costs)
-    return trained, costs
-
-
-def _samples(trainer: SFTTrainer) -> int:
-    """The rows that were trained on, those seen again counted again. An epoch's last batch may be smaller."""
-    args, n_rows = trainer.args, len(trainer.train_dataset)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    epochs, steps = divmod(trainer.state.global_step, math.ceil(n_rows / batch))
-    return epochs * n_rows + min(steps * batch, n_rows)
 
 
 def _decode_ratio(base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> float:

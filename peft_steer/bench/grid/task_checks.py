@@ -1,0 +1,39 @@
+"""Whether the grid's tasks can be trained on and scored as it says, before a model is loaded."""
+
+from typing import Any
+
+from peft_steer.evaluation.datasets import dpo_dataset
+from peft_steer.evaluation.tasks import docs_of, load_tasks
+
+from .plan import Grid, Task
+
+
+def check_tasks(grid: Grid, loaded: dict[str, Any]) -> None:
+    """Args: the grid, and its tasks by name.
+
+    Raises:
+        ValueError: If a task does not generate what is rewarded, has no wrong answers, or a retained task is unknown.
+    """
+    trainers = {method.trainer for method in grid.methods if method.config}
+    for task in grid.tasks:
+        try:
+            _check(task, loaded[task.name], trainers, grid.kl_prompts)
+        except ValueError as error:
+            raise ValueError(f"task {task.name!r}: {error}") from error
+    for entry in grid.retention:
+        try:
+            load_tasks(entry["name"], entry["metadata"])
+        except ValueError as error:
+            raise ValueError(f"retention: {error}") from error
+
+
+def _check(task: Task, loaded: Any, trainers: set[str], kl_prompts: int) -> None:
+    if "grpo" in trainers:
+        from ..run.grpo import rewards  # slow imports
+
+        docs_of(loaded, "train", ("generate_until",))
+        rewards(list(task.rewards), loaded, bool(task.prompt.get("apply_chat_template")))
+    if "dpo" in trainers:
+        dpo_dataset(loaded)
+    if kl_prompts and loaded.config.output_type != "generate_until":
+        raise ValueError("kl_prompts: the task generates nothing; remove it")
