@@ -87,6 +87,6 @@ class HeadEdit(SteppedEdit):
         return torch.diag(a), v
 
     @staticmethod
-    def after_step(edits, optimizer) -> None:
+    def after_step(edits, update) -> None:
         for edit in edits:
             edit.steps += 1

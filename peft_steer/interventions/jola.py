@@ -11,7 +11,6 @@ from torch import nn
 
 from .base import at_least_float32
 from .heads import HeadEdit
-from .optimizer_hooks import add_gradient
 
 
 GAMMA, ZETA, BETA, EPS = -0.1, 1.1, 0.33, 1e-6
@@ -75,10 +74,10 @@ class Jola(HeadEdit):
         return g2[:, None] * at_least_float32(self.A), g1[:, None] * at_least_float32(self.v)
 
     @staticmethod
-    def before_step(edits) -> None:
+    def before_step(edits, update) -> None:
         weight = LAMBDA * math.exp(-DECAY * edits[0].steps.item())
         for edit in edits:
             heads = len(edit.A)
             for log_g, factor in ((edit.log_g1, weight), (edit.log_g2, 1 - weight)):
                 p = p_open(at_least_float32(log_g))
-                add_gradient(log_g, p * (1 - p) * (factor / (len(edits) * heads * heads)))
+                update.add_gradient(log_g, p * (1 - p) * (factor / (len(edits) * heads * heads)))

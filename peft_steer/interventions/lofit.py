@@ -7,7 +7,7 @@ from peft import PeftConfig
 
 from .base import at_least_float32
 from .heads import HeadEdit
-from .optimizer_hooks import add_gradient, whole
+from .optimizer_hooks import Update, whole
 
 
 logger = logging.getLogger(__name__)
@@ -42,19 +42,19 @@ class Lofit(HeadEdit):
         return at_least_float32(self.A) * first, at_least_float32(self.v) * self.selected[:, None]
 
     @staticmethod
-    def before_step(edits) -> None:
+    def before_step(edits, update) -> None:
         if edits[0].steps.item() < edits[0].selection_step:
             for edit in edits:
-                add_gradient(edit.A, edit.l1_lambda * edit.A.sign())
+                update.add_gradient(edit.A, edit.l1_lambda * edit.A.sign())
 
     @staticmethod
-    def after_step(edits, optimizer) -> None:
-        HeadEdit.after_step(edits, optimizer)
+    def after_step(edits, update) -> None:
+        HeadEdit.after_step(edits, update)
         if edits[0].steps.item() == edits[0].selection_step:
-            _select(edits, optimizer)
+            _select(edits, update)
 
 
-def _select(edits: list[Lofit], optimizer: torch.optim.Optimizer) -> None:
+def _select(edits: list[Lofit], update: Update) -> None:
     norms = torch.cat([at_least_float32(whole(edit.A)).norm(dim=1) for edit in edits])
     if not norms.isfinite().all():
         raise RuntimeError("LoFiT cannot choose heads: `A` is not finite. Lower the learning rate.")
@@ -65,7 +65,7 @@ def _select(edits: list[Lofit], optimizer: torch.optim.Optimizer) -> None:
         edit.selected.copy_(selected)
         for p in (edit.A, edit.v):
             p.zero_()
-            optimizer.state.pop(p, None)
+            update.forget(p)
     logger.info(
         "LoFiT chose %d of %d heads: %s",
         count,

@@ -1,10 +1,13 @@
 """What is done around every step of an optimizer for the edits that ask for it, whatever the trainer.
 
-One call of an optimizer's `step` is one update, under gradient accumulation, checkpointing, DDP, FSDP2 and loss
-scaling alike. So before it is the place to add a penalty's gradient, once for an update, and after it to count steps
-and to change stages. A penalty added to the model's loss instead would be missing where a trainer computes the loss
-from logits (DPO, GRPO), and would be multiplied by the number of accumulated batches or processes where a trainer
-divides by the number of tokens, as transformers' does. What clips gradients sees them without the penalty's.
+One update is one call of an optimizer's `step`, under gradient accumulation, checkpointing, DDP and FSDP2 alike. So
+before it is the place to add a penalty's gradient, once for an update, and after it to count steps, to change stages
+and to project. A penalty added to the model's loss instead would be missing where a trainer computes the loss from
+logits (DPO, GRPO), and would be multiplied by the number of accumulated batches or processes where a trainer divides
+by the number of tokens, as transformers' does. What clips gradients sees them without the penalty's.
+
+A fused optimizer under a `GradScaler` is called with gradients that are still scaled, and skips the update by itself
+where they overflowed. torch tells such an optimizer so in `optimizer.grad_scale` and `optimizer.found_inf`.
 """
 
 import weakref
@@ -26,7 +29,7 @@ class Group:
 
 
 class SteppedEdit(Intervention):
-    """An edit that does something around the steps of whatever optimizer trains it.
+    """An edit that does something around the updates of whatever optimizer trains it.
 
     Args:
         group: shared by the edits of one adapter in one model; this one alone by default.
@@ -43,13 +46,17 @@ class SteppedEdit(Intervention):
         super().__setstate__(state)
         _live.add(self)
 
-    @staticmethod
-    def before_step(edits: list["SteppedEdit"]) -> None:
-        """An optimizer is about to update `edits`, all of one group, in the order of their places."""
+    def updated_with(self) -> list[nn.Parameter]:
+        """The parameters of which an update concerns this edit."""
+        return list(self.parameters())
 
     @staticmethod
-    def after_step(edits: list["SteppedEdit"], optimizer: torch.optim.Optimizer) -> None:
-        """`optimizer` has updated `edits`, all of one group, in the order of their places."""
+    def before_step(edits: list["SteppedEdit"], update: "Update") -> None:
+        """`edits`, all of one group, in the order of their places, are about to be updated."""
+
+    @staticmethod
+    def after_step(edits: list["SteppedEdit"], update: "Update") -> None:
+        """`edits`, all of one group, in the order of their places, have been updated."""
 
 
 _live: "weakref.WeakSet[SteppedEdit]" = weakref.WeakSet()
@@ -73,37 +80,92 @@ def refuse_flat(name: str, p: torch.Tensor, remedy: str = "") -> None:
         )
 
 
-def add_gradient(p: nn.Parameter, gradient: torch.Tensor) -> None:
-    """Add to the gradient of `p`, if the loss gave it one."""
-    if p.grad is not None:
-        p.grad.add_(gradient.to(p.grad.dtype))
+class Update:
+    """One step of an optimizer."""
 
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._position = {id(p): i for i, p in enumerate(trained)}
 
-def _groups(optimizer: torch.optim.Optimizer) -> list[list[SteppedEdit]]:
-    """The edits that `optimizer` trains, by group; in the same order on every rank."""
-    if not _live:
-        return []
-    position = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    found: dict[Group, dict[int, SteppedEdit]] = defaultdict(dict)
-    first: dict[Group, int] = {}
-    for edit in _live:
-        at = [position[id(p)] for p in edit.parameters() if id(p) in position]
-        if at:
-            found[edit.group][edit.place] = edit
-            first[edit.group] = min([*at, first.get(edit.group, at[0])])
-    return [[edits[place] for place in sorted(edits)] for _, edits in sorted(found.items(), key=lambda x: first[x[0]])]
+    @property
+    def skipped(self) -> bool:
+        """Whether the optimizer leaves the parameters as they are, since gradients overflowed."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        return found_inf is not None and bool(whole(found_inf).item())
+
+    def add_gradient(self, p: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Add to the gradient of `p`, if it is trained; if the loss gave it none, this is its gradient."""
+        if id(p) not in self._position:
+            return
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:  # the optimizer will divide by it
+            gradient = gradient * scale.to(gradient.device)
+        if p.grad is None:
+            p.grad = gradient.to(p.dtype)
+        else:
+            p.grad.add_(gradient.to(p.grad.dtype))
+
+    def forget(self, p: nn.Parameter) -> None:
+        """Drop what the optimizer remembers of `p`."""
+        self.optimizer.state.pop(p, None)
+
+    def groups(self) -> list[list[SteppedEdit]]:
+        """The edits that are updated, by group; in the same order on every rank."""
+        edits_of: dict[Group, dict[int, SteppedEdit]] = defaultdict(dict)
+        first: dict[Group, int] = {}
+        for edit in _live:
+            at = [self._position[id(p)] for p in edit.updated_with() if id(p) in self._position]
+            if at:
+                edits_of[edit.group][edit.place] = edit
+                first[edit.group] = min([*at, first.get(edit.group, at[0])])
+        return [
+            [edits_of[group][place] for place in sorted(edits_of[group])]
+            for group in sorted(first, key=lambda group: first[group])
+        ]
 
 
 @torch.no_grad()
-def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    for edits in _groups(optimizer):
-        edits[0].before_step(edits)
+def _before(update: Update) -> None:
+    if update.skipped:
+        return
+    for edits in update.groups():
+        edits[0].before_step(edits, update)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    if not _live:
+        return None
+    update = Update(optimizer)
+    if kwargs.get("grad_scaler") is not None and update.groups():
+        raise RuntimeError(
+            f"{type(optimizer).__name__} unscales its gradients within `step(grad_scaler=...)`, where no penalty can "
+            "be added and no skipped step be seen. Use an optimizer of torch's, or train in bfloat16."
+        )
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # `args` begin with the optimizer
+    if not callable(closure):
+        _before(update)
+        return None
+
+    def with_penalty():  # the gradients are made within the step, several times perhaps
+        loss = closure()
+        _before(update)
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": with_penalty}
+    return (args[0], with_penalty, *args[2:]), kwargs
 
 
 @torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    for edits in _groups(optimizer):
-        edits[0].after_step(edits, optimizer)
+    if not _live:
+        return
+    update = Update(optimizer)
+    if update.skipped:
+        return
+    for edits in update.groups():
+        edits[0].after_step(edits, update)
 
 
 # One hook for every optimizer.

@@ -11,7 +11,8 @@ import transformers as tf
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from positions_batch import batch, tokens_of_a_prompt
 from positions_reference import GREEDY, SPECS, expected, mask_of, steered, tokens
-from tiny import SITES, SMALL, inputs, make, randomize, reference_delta, steer_layers
+from tiny import METHODS, SITES, SMALL, inputs, make, randomize, reference_delta, steer_layers
+from torch.profiler import profile
 
 from peft_steer import SteerConfig, steered_positions
 from peft_steer.cost import saved_bytes
@@ -276,3 +277,53 @@ def test_memory_is_that_of_the_chosen_tokens(kind):
     for spec, rows in share.items():
         extra = saved_bytes(steered(kind=kind, positions=spec).train(), x) - every
         assert extra <= layers * rows * d + 2048, spec
+
+
+# --- what a forward pass does beside the edits
+
+
+def test_no_search_and_no_mask_at_every_layer(monkeypatch):
+    """A pass goes through neither all modules nor, for a count that nobody asks for, a mask for each layer."""
+    model = steered(positions="f2+l1").get_base_model()
+    x = batch()
+    model(**x)
+    names = ("modules", "named_modules", "children", "named_children")
+    for name in names:
+        monkeypatch.setattr(torch.nn.Module, name, lambda self, *args, name=name, **kwargs: pytest.fail(name))
+    with profile() as events:
+        model(**x)
+    monkeypatch.undo()
+    made = [e.name for e in events.events() if e.name in ("aten::zeros", "aten::bitwise_or", "aten::full")]
+    assert len(made) < len(model.model.layers), made
+    assert steered_positions(model) == 6
+
+
+@pytest.mark.parametrize("method", ["steer", "joint"])
+def test_layers_that_come_and_go(method):
+    """The list of layers that is kept follows copies, further adapters at other blocks, blocks that are copied into
+    another model, and unloading."""
+    ids = inputs()["input_ids"]
+    model = steered(method=method, positions="last", layers_to_transform=[0])
+    name = {"steer": "layers_to_transform", "joint": "steer_layers_to_transform"}[method]
+
+    def masks(m):
+        m(input_ids=ids, prompt_lengths=[3, 4])
+        return {key: layer.steered.nonzero().tolist() for key, layer in steer_layers(m.get_base_model()).items()}
+
+    last = [[0, 2], [1, 3]]
+    assert masks(model) == {"model.layers.0": last}
+    other = copy.deepcopy(model)
+    config = METHODS[method](kind="nonlinear", r=4, positions="last", layers_to_transform=[2])
+    assert getattr(config, name) == [2]
+    other.add_adapter("more", config)
+    other.base_model.set_adapter(["default", "more"])
+    assert masks(other) == {"model.layers.0": last, "model.layers.2": last}
+    assert masks(model) == {"model.layers.0": last}
+    layers = model.get_base_model().model.layers
+    masks(model)
+    layers[1] = copy.deepcopy(layers[0])
+    layers[1].self_attn.layer_idx = 1
+    assert masks(model) == {"model.layers.0": last, "model.layers.1": last}
+    bare = other.unload()
+    assert not any("_kept_layers" in vars(m) for m in bare.modules())
+    assert torch.equal(bare(input_ids=ids).logits, make()(input_ids=ids).logits)

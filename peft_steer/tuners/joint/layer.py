@@ -34,7 +34,7 @@ class JointSteerLayer(SteerLayer):
 
     def forward(self, hidden_states):
         if self.muted:
-            self.steered = None
+            self.edited = []
             return hidden_states
         return super().forward(hidden_states)
 

@@ -26,7 +26,7 @@ from ..steer.injection import (
     record_shape,
     resolve_sites,
 )
-from ..steer.layer import CHILD, device_and_dtype
+from ..steer.layer import CHILD, device_and_dtype, steered_layers
 from ..steer.model import Strength
 from ..steer.position_hooks import check_stacks, track, untrack
 from .config import JOINT_STEER_LORA, JointSteerLoraConfig, prefixed_errors
@@ -161,16 +161,17 @@ class JointSteerLoraModel(Strength, LoraModel):
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         adapter_names = kwargs.get("adapter_names")
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            for layer in self._steer_layers():
-                layer.row_adapters = adapter_names and list(adapter_names)
+            layers = self._steer_layers() if adapter_names else []
+            for layer in layers:
+                layer.row_adapters = list(adapter_names)
             try:
                 yield
             finally:
-                for layer in self._steer_layers():
+                for layer in layers:
                     layer.row_adapters = None
 
     def _steer_layers(self) -> list[JointSteerLayer]:
-        return [module for module in self.model.modules() if isinstance(module, JointSteerLayer)]
+        return [layer for layer in steered_layers(self.model) if isinstance(layer, JointSteerLayer)]
 
     # --- merging and unloading
 

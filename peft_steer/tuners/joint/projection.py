@@ -5,16 +5,13 @@ columns. `W_down`, of shape (r, d), holds the directions that the block's edit r
 orthogonal to `B` is `P(W) = W - (W B)(B^T B)^-1 B^T` (arXiv 2603.00425, joint adaptation).
 """
 
-import weakref
-
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from peft_steer.interventions.low_rank import LowRank, low_rank_edit
-from peft_steer.interventions.optimizer_hooks import refuse_flat, whole
+from peft_steer.interventions.optimizer_hooks import SteppedEdit, refuse_flat, whole
 
 
 # Of the correlation matrix of B's columns. Half its square root bounds the overlap that is left in a direction in
@@ -118,7 +115,7 @@ def _absorb(W: torch.Tensor, B: torch.Tensor, free: torch.Tensor) -> torch.Tenso
     return torch.where(free, (W.to(unit.dtype) - change[..., 0]).to(W.dtype), W)
 
 
-class JointLowRank(LowRank):
+class JointLowRank(LowRank, SteppedEdit):
     """A [`LowRank`] edit whose `W_down` is kept orthogonal to a `lora_B`.
 
     Args:
@@ -136,11 +133,6 @@ class JointLowRank(LowRank):
         if orthogonal == "periodic":
             # Part of the adapter's state: projections keep their rhythm when training is resumed.
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.W_down.device))
-        _live.add(self)
-
-    def __setstate__(self, state: dict) -> None:  # of a copy, or after unpickling
-        super().__setstate__(state)
-        _live.add(self)
 
     @property
     def acts(self) -> bool:
@@ -190,16 +182,17 @@ class JointLowRank(LowRank):
             new = distribute_tensor(new, W.device_mesh, W.placements, src_data_rank=None)
         W.copy_(new)
 
-    def after_step(self) -> None:
-        """An optimizer has updated `W_down` or `B`."""
-        if self.orthogonal == "periodic":
-            self.steps += 1
-            if self.steps.item() % self.interval:
-                return
-        self.project_()
+    def updated_with(self) -> list[nn.Parameter]:
+        return [self.W_down, self.B] if self.acts else []
 
-
-_live: "weakref.WeakSet[JointLowRank]" = weakref.WeakSet()
+    @staticmethod
+    def after_step(edits, update) -> None:
+        for edit in edits:
+            if edit.orthogonal == "periodic":
+                edit.steps += 1
+                if edit.steps.item() % edit.interval:
+                    continue
+            edit.project_()
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor:
@@ -217,21 +210,3 @@ def _stored(module: nn.Module, name: str) -> torch.Tensor:
 
 def _refuse_flat_parameter(W: torch.Tensor) -> None:
     refuse_flat("W_down", W, ", or `orthogonal='always'` (DeepSpeed) or `orthogonal='none'`")
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    if not _live:
-        return
-    position = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    updated = {}
-    for edit in _live:
-        at = [position[id(p)] for p in (edit.W_down, edit.B) if id(p) in position] if edit.acts else []
-        if at:
-            updated[min(at)] = edit
-    for _, edit in sorted(updated.items()):  # in the same order on every rank
-        edit.after_step()
-
-
-# One hook for every optimizer: an update is one call of `step`, whatever the trainer, under gradient accumulation,
-# DDP, FSDP2 and loss scaling alike.
-register_optimizer_step_post_hook(_after_optimizer_step)

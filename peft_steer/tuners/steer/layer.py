@@ -57,10 +57,11 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     adapter_layer_names = ("steer_edit",)
     other_param_names = ("scaling", "initial_scaling", "positions")
 
-    # Which tokens the present forward pass has; see `tracking.py`.
+    # Which tokens the present forward pass has; see `position_hooks.py`.
     selection: Selection | None = None
-    # Of the last forward pass, `(rows, tokens)`: the mask of what was edited; its shape, if that is everything.
-    steered: torch.Tensor | tuple[int, ...] | None = None
+    # Of each edit in the last forward pass: its mask, the shape of its tokens, which rows they are (None: all), of how
+    # many.
+    edited: list[tuple[torch.Tensor | bool, torch.Size, list[int] | None, int]]
 
     def __init__(self, module: nn.Module, d: int, head_dim: int | None = None):
         super().__init__()
@@ -72,9 +73,11 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         self.positions: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
+        self.edited = []
         self._merge_backup: tuple | None = None
         self._steered = (module,)  # in a tuple: the parent is not a submodule
         module.add_module(self.child, self)
+        _layers_changed()
         if self.at_input:
             self._hook = module.register_forward_pre_hook(steer_input)
         else:  # prepended, so that `output_hidden_states` records the steered state
@@ -94,6 +97,11 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         """Remove this layer from the module that it steers."""
         self._hook.remove()
         delattr(self._steered[0], self.child)
+        _layers_changed()
+
+    def __setstate__(self, state: dict) -> None:  # of a copy, or after unpickling
+        super().__setstate__(state)
+        _layers_changed()
 
     def update_layer(
         self, adapter_name: str, config: SteerConfig, r: int, device, dtype, group: Group | None = None
@@ -120,7 +128,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Steered hidden states, same shape `(..., d)` and dtype."""
         if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint does not allow
-            self.steered = None
+            self.edited = []
         if self.disable_adapters or self.merged_adapters:
             return hidden_states
         if self.row_adapters is not None:
@@ -182,18 +190,21 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         return flat.index_copy(0, rows, edit(flat.index_select(0, rows), scale)).view(h.shape)
 
     def _record(self, mask: torch.Tensor | bool, h: torch.Tensor, items: list[int] | None) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if mask is True and items is None:
-            self.steered = h.shape[:-1]
-            return
-        shape = h.shape[:-1] if items is None else (len(self.row_adapters), h.shape[1])
-        whole = torch.zeros(shape, dtype=torch.bool, device=h.device)
-        whole[... if items is None else items] = mask if isinstance(mask, bool) else mask.view(h.shape[:-1])
-        if self.steered is None:
-            self.steered = whole
-        elif isinstance(self.steered, torch.Tensor):
-            self.steered = self.steered | whole
+        if not torch.compiler.is_compiling():
+            rows = len(h) if items is None else len(self.row_adapters)
+            self.edited.append((mask, h.shape[:-1], items, rows))
+
+    @property
+    def steered(self) -> torch.Tensor | None:
+        """The mask of what was edited in the last forward pass, `(rows, tokens)`; None if no adapter was on."""
+        whole = None
+        for mask, shape, items, rows in self.edited:
+            if whole is None:
+                whole = torch.zeros(rows, *shape[1:], dtype=torch.bool)
+            whole[slice(None) if items is None else items] |= (
+                torch.tensor(mask) if isinstance(mask, bool) else mask.reshape(shape).cpu()
+            )
+        return whole
 
     # --- strength, named as in PEFT's LoRA layers
 
@@ -251,3 +262,29 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         # Called after loading with `low_cpu_mem_usage`: the weights keep the dtype of the file.
         if adapter_name in self.steer_edit:
             self.steer_edit[adapter_name].to(device or device_and_dtype(*self._steered, *self._steered)[0])
+
+
+_layers_state = object()  # another one whenever a layer is made, copied, loaded or taken off
+
+
+def _layers_changed() -> None:
+    global _layers_state
+    _layers_state = object()
+
+
+def steered_layers(model: nn.Module) -> list[SteerLayer]:
+    """The steering layers in `model`, in its order. The list is kept on `model`: a search through all modules at every
+    forward pass would take as long as a block."""
+    if torch.compiler.is_compiling():
+        return [module for module in model.modules() if isinstance(module, SteerLayer)]
+    state, layers = vars(model).get("_kept_layers", (None, []))
+    if state is not _layers_state:
+        layers = [module for module in model.modules() if isinstance(module, SteerLayer)]
+        model._kept_layers = (_layers_state, layers)
+    return layers
+
+
+def forget_layers(model: nn.Module) -> None:
+    """Remove the lists that [`steered_layers`] keeps."""
+    for module in model.modules():
+        vars(module).pop("_kept_layers", None)

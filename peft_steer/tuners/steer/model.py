@@ -25,7 +25,7 @@ from .injection import (
     record_shape,
     resolve_sites,
 )
-from .layer import CHILD, INPUT_CHILD, SteerLayer, device_and_dtype
+from .layer import CHILD, INPUT_CHILD, SteerLayer, device_and_dtype, steered_layers
 from .merging import plan_merge, refuse_to_save
 from .position_hooks import check_stacks, track, untrack
 
@@ -150,6 +150,9 @@ class SteerModel(Strength, BaseTuner):
             layer = SteerLayer(target, width, head_dim)
         device, dtype = device_and_dtype(target, self.model)
         layer.update_layer(adapter_name, peft_config, rank_of(peft_config, current_key), device, dtype, self._group)
+
+    def _tuner_layers(self) -> list[SteerLayer]:
+        return steered_layers(self.model)
 
     # --- rows of one batch with different adapters
 

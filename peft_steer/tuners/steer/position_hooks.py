@@ -22,7 +22,7 @@ from peft_steer.positions.layout import (
 )
 from peft_steer.positions.spec import Selection
 
-from .layer import SteerLayer
+from .layer import SteerLayer, forget_layers, steered_layers
 
 
 _TRACKER = "_steer_tracker"
@@ -56,12 +56,12 @@ def track(model: nn.Module, positions: str) -> None:
 def needs_prompts(model: nn.Module) -> bool:
     """Whether an active adapter in `model` has `positions` that refer to the prompt: then a forward pass has to be
     told where it ends."""
-    layers = (m for m in model.modules() if isinstance(m, SteerLayer) and not m.disable_adapters)
-    return any(layer.positions_in_use() for layer in layers)
+    return any(layer.positions_in_use() for layer in steered_layers(model) if not layer.disable_adapters)
 
 
 def untrack(model: nn.Module) -> None:
     """Undo [`track`]."""
+    forget_layers(model)
     if not hasattr(model, _TRACKER):
         return
     for handle in getattr(model, _TRACKER).handles:
@@ -102,7 +102,7 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict, tracker: _Tracker):
     elsewhere = set()
     if _is_encoder_decoder(module):
         layout = partial(of_whole_completions, inputs)
-        elsewhere = {id(m) for m in module.get_encoder().modules()}
+        elsewhere = {id(layer) for layer in steered_layers(module.get_encoder())}
     elif tracker.generation is not None:
         layout = partial(during_generation, inputs, cached_length(inputs), tracker.generation)
     else:
@@ -117,7 +117,7 @@ def _begin_encoder(module: nn.Module, args: tuple, kwargs: dict, arguments: tupl
 
 
 def _hand_out(module: nn.Module, selection: Selection, elsewhere: set[int]) -> None:
-    layers = [m for m in module.modules() if isinstance(m, SteerLayer) and id(m) not in elsewhere]
+    layers = [layer for layer in steered_layers(module) if id(layer) not in elsewhere]
     for layer in layers:
         layer.selection = selection
     if torch.compiler.is_compiling():  # nothing may be cached later, inside a compiled checkpoint
@@ -131,9 +131,8 @@ def _hand_out(module: nn.Module, selection: Selection, elsewhere: set[int]) -> N
 
 
 def _end(module: nn.Module, args: tuple, output) -> None:
-    for m in module.modules():
-        if isinstance(m, SteerLayer):
-            m.selection = None
+    for layer in steered_layers(module):
+        layer.selection = None
 
 
 class _Carrying:
@@ -146,7 +145,7 @@ class _Carrying:
     def __call__(self, function, *args, **kwargs):
         if torch.compiler.is_compiling():
             return self.func(function, *args, **kwargs)
-        selections = [(m, m.selection) for m in self.module.modules() if isinstance(m, SteerLayer)]
+        selections = [(layer, layer.selection) for layer in steered_layers(self.module)]
         return self.func(partial(_with_selections, selections, function), *args, **kwargs)
 
 
@@ -223,12 +222,10 @@ def steered_positions(model: nn.Module) -> int:
         raise ValueError(f"{type(model).__name__} has no steering adapter.")
     stacks: dict[tuple, torch.Tensor] = {}  # an encoder and a decoder have different tokens
     for name, layer in layers.items():
-        if layer.steered is None:
-            continue
         mask = layer.steered
-        if not isinstance(mask, torch.Tensor):
-            mask = torch.ones(mask, dtype=torch.bool)
+        if mask is None:
+            continue
         key = re.split(r"\.\d+\.", name)[0]
-        mask = mask.flatten().cpu()
+        mask = mask.flatten()
         stacks[key] = stacks[key] | mask if key in stacks else mask
     return sum(int(mask.sum()) for mask in stacks.values())
