@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .base import Intervention, at_least_float32
+from .low_rank_form import low_rank_form
 
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -135,6 +136,10 @@ class FixedVector(Intervention):
     def affine(self):
         return None, at_least_float32(self.v)
 
+    def low_rank(self, scale=1.0):
+        d = len(self.v)
+        return low_rank_form(self.v.new_empty(0, d), self.v.new_empty(d, 0), v=self.v, scale=scale)
+
 
 class LowRank(Intervention):
     """`dh = W_up act(W_down h) + b`: linear without `activation`, nonlinear with one (paper, section 3).
@@ -190,3 +195,6 @@ class LowRank(Intervention):
             return None
         M = at_least_float32(self.W_up) @ at_least_float32(self.W_read)
         return M, None if self.b is None else at_least_float32(self.b)
+
+    def low_rank(self, scale=1.0):
+        return low_rank_form(self.W_read, self.W_up, v=self.b, activations=self.activation, scale=scale)
