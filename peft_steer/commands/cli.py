@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from peft_steer.utils.errors import UsageError
+
 
 # Each is a module with `main(argv) -> exit code`, imported only when it is called for.
 COMMANDS = {
@@ -34,7 +36,11 @@ def main() -> int:
     if arguments[0] not in COMMANDS:
         print(f"peft-steer: unknown command {arguments[0]!r}\n{_USAGE}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    try:
+        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    except UsageError as error:
+        print(f"peft-steer {arguments[0]}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
