@@ -8,9 +8,9 @@ linear layer, `(dW_d) m` ("down_share"). Post-MLP steering adds `dh = s` and is 
 to the output. Pre-MLP steering reaches `A(h) dh` to first order, `A = df/dh` (arXiv 2603.00425, first-order
 framework), for every "tolerance" at which small singular values of `A` count as zero: "outside" is the part of the
 shift that it cannot reach ("outside_down": of `(dW_d) m`; "outside_inner": of the rest), "size" is `|dh| / |h|` of
-the best `dh`, and "reached" the relative error of `f(W, h + dh)`, computed exactly: 0 is a perfect match, 1 as bad as no steering.
-All are medians over tokens, computed in float64; "finite_difference" is the largest relative difference between the
-derivative and a central difference.
+the best `dh`, and "reached" the relative error of `f(W, h + dh)`, computed exactly: 0 is a perfect match, 1 as bad as
+no steering. All are medians over tokens, computed in float64; "finite_difference" is the largest relative difference
+between the derivative and a central difference.
 """
 
 import argparse

@@ -12,5 +12,4 @@ def peft_steer(*words: object) -> int:
         try:
             return main()
         except SystemExit as exit_:  # argparse's way to refuse
-            assert isinstance(exit_.code, int)
-            return exit_.code
+            return int(exit_.code or 0)
