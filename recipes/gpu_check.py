@@ -4,12 +4,13 @@
     python recipes/gpu_check.py --only cost   # a part of it
     python recipes/gpu_check.py --shape tiny  # seconds, on any machine
 
-Random weights in the shape of Llama-3.2-1B on an accelerator, a small shape on a CPU. It takes under ten minutes on one
-GPU and exits with 1 if a check fails. What each row means is said where its section begins, below.
+Random weights in the shape of Llama-3.2-1B on an accelerator, a small shape on a CPU. It exits with 1 if a check
+fails. The docstring of each section below says what its rows mean.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from peft_steer.analysis.distill.command import main as distill
 from peft_steer.cost import measure, saved_bytes
 from peft_steer.cost.methods import FLOOR, PRESETS, adapt, share
 from peft_steer.utils.bitsandbytes import keep_unpacked
-from peft_steer.utils.devices import default_device, device_name
+from peft_steer.utils.devices import default_device, device_name, visibility_variable, visible_accelerators
 
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -191,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="small" if ON_CPU else "1b", help="of the random model")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these sections")
     args = parser.parse_args(argv)
+    if len(visible_accelerators()) > 1:
+        parser.error(f"several accelerators are visible; set {visibility_variable()}={visible_accelerators()[0]}")
     transformers.logging.set_verbosity_error()
     table, failed, start = [], 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
@@ -240,10 +243,10 @@ def _load(folder: Path, precision: str, exact: bool = False) -> Any:
         kwargs["device_map"] = {"": DEVICE}
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     keep_unpacked(model)
-    if precision == "nf4":
-        model = model.dequantize() if exact else model
-    else:
+    if precision != "nf4":
         model = model.to(DEVICE)
+    elif exact:
+        model = model.dequantize()
     return (model.float() if exact else model).eval().requires_grad_(False)
 
 
@@ -287,12 +290,12 @@ def _trained(name: str, trainer: Any) -> Row:
     loss = trainer.train().training_loss
     changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
-    value = f"loss {loss:.3f}, {len(changed & trainable)} of {len(trainable)} changed, {len(changed - trainable)} of the base"
+    counts = f"changed: {len(changed & trainable)} of {len(trainable)}, {len(changed - trainable)} of the base"
     return Row(
         f"{name}, two steps",
-        value,
+        f"loss {loss:.3f}; {counts}",
         "finite; the adapter alone",
-        bool(changed) and changed <= trainable and loss == loss,
+        bool(changed) and changed <= trainable and math.isfinite(loss),
     )
 
 
