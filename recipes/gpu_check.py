@@ -1,7 +1,7 @@
 """Checks an accelerator in one go, without a connection, and prints one table to paste.
 
     make gpu-check                            # or: python recipes/gpu_check.py
-    python recipes/gpu_check.py --only cost   # a part of it
+    python recipes/gpu_check.py --only cost
     python recipes/gpu_check.py --shape tiny  # seconds, on any machine
 
 Random weights in the shape of Llama-3.2-1B on an accelerator, a small shape on a CPU. It exits with 1 if a check
@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +109,11 @@ def cost(folder: Path, tiny: bool) -> Iterator[Row]:
             with measure.checkpointing(model, checkpointed):
                 kept[name] = saved_bytes(model, batch)
                 peak[name] = measure.step_peak(model, batch)
-        seconds = _step_seconds(adapted, batch, rounds, checkpointed)
+        with ExitStack() as stack:
+            for model in adapted.values():
+                stack.enter_context(measure.checkpointing(model, checkpointed))
+            steps = {name: measure.training_step(model, batch) for name, model in adapted.items()}
+            seconds = measure.interleaved_seconds(steps, rounds, DEVICE, 0, "Steps")
         yield Row(
             f"floor{label}",
             f"step {statistics.median(seconds['floor']):.3f} s, kept {kept['floor'] / 1e6:,.0f} MB, "
@@ -270,15 +275,6 @@ def _randomize(model: torch.nn.Module) -> None:
     for p in model.parameters():
         if p.requires_grad:
             p.copy_(0.05 * torch.randn(p.shape, generator=generator))
-
-
-def _step_seconds(adapted: dict[str, Any], batch: dict[str, Any], rounds: int, checkpointed: bool) -> dict[str, Any]:
-    for model in adapted.values():
-        if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.disable_input_require_grads()
-    steps = {name: measure.training_step(model, batch) for name, model in adapted.items()}
-    return measure.interleaved_seconds(steps, rounds, DEVICE, 0, "Steps")
 
 
 def _ratio(seconds: list[float], reference: list[float]) -> float:
