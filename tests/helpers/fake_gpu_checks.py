@@ -78,6 +78,20 @@ for _name, _config in METHODS.items():
     check(f"train {_name}")(lambda config=_config: same(lambda: adapted(**config), trained))
 
 
+@check("the choice of heads")
+def choice():
+    def run(model, device):
+        ids = inputs()["input_ids"].to(device)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: x.double() for name, x in model.state_dict().items() if "steer_edit" in name and x.ndim}
+
+    same(lambda: adapted(**HEAD_KINDS["lofit"], num_heads=3, selection_step=2), run)
+
+
 @check("generate")
 def generate():
     def run(model, device):
