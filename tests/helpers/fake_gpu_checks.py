@@ -30,10 +30,7 @@ from peft_steer.tuners.steer import merging as merging_module
 
 CHECKS: dict[str, Callable] = {}
 FIRST = "fakegpu:0"
-METHODS = {
-    **{name: {"kind": name, **arguments} for name, arguments in {**KINDS, **HEAD_KINDS}.items()},
-    "joint": {"method": "joint"},
-}
+METHODS = {**KINDS, **HEAD_KINDS, "joint": {"method": "joint"}}
 
 
 def check(name: str) -> Callable:

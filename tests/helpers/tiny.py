@@ -209,8 +209,8 @@ def logits(model: nn.Module, architecture: str = "llama", **kwargs) -> torch.Ten
 
 
 def assert_equal_but_for_rounding(found: torch.Tensor, expected: torch.Tensor, ulp: int | None = None) -> None:
-    """Equal within a few units in the last place of the largest value. Products depend in the last bits on the processor
-    and on where in memory their operands lie, so two models with equal parameters may differ by that, and by no more."""
+    """Equal within a few units in the last place of the largest value. The last bits of a product depend on the
+    processor and on where in memory its operands lie: two models with equal parameters may differ by that alone."""
     ulp = ulp or (32 if expected.dtype == torch.float32 else 4)
     atol = ulp * torch.finfo(expected.dtype).eps * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
