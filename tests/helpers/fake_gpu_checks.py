@@ -52,7 +52,7 @@ def same(make_model: Callable[[], torch.nn.Module], run: Callable, device: str =
     assert expected.keys() == found.keys()
     for name, x in found.items():
         assert x.device == torch.device(device), (name, x.device)
-        atol = 1e-5 * expected[name].abs().max().item()  # (attention has another kernel there)
+        atol = 1e-4 * expected[name].abs().max().item()  # (attention has another kernel there)
         torch.testing.assert_close(values(x), expected[name], rtol=1e-4, atol=atol, msg=name)
 
 
