@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_steer.bench.engines.base import EngineError
+from peft_steer.utils.files import atomic_path
 
 from ..grid.plan import Cell
 from ..run.multiprocess import shared_batch
 from ..run.worker import Worker
-from ..store import Store, whole_folder
+from ..store import Store
 
 
 try:
@@ -172,7 +173,7 @@ class RayEngine:
             return None
         result, files = value
         if files is not None:
-            with whole_folder(task.store.adapter_path(task.cell)) as folder:
+            with atomic_path(task.store.adapter_path(task.cell)) as folder:
                 _unpack(files, folder)
         if result["status"] == "failed":
             self._drop(actor)  # who knows what the error left behind
