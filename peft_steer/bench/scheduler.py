@@ -30,7 +30,7 @@ def run_cells(cells: list[Cell], store: Store, engine: Engine) -> list[dict[str,
         One result a cell, in their order: `status` is "done", with what was measured, or "failed", with `error`.
 
     Raises:
-        ValueError: If a cell cannot be run by this engine, or a result cannot be read; before anything is run.
+        UsageError: If a cell cannot be run by this engine, or a result cannot be read; before anything is run.
     """
     engine.check(cells)
     run = _Run(cells, store, engine)

@@ -87,17 +87,17 @@ class Store:
         path = self.directory / "bench.json"
         if path.is_file():
             try:
-                found = json.loads(path.read_text())["version"]
+                version = json.loads(path.read_text())["version"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{path} is not what peft-steer bench writes ({error}); {_REMEDY}") from error
         elif any((self.directory / "cells").glob("*.json")):
-            found = 1  # which had no such file
+            version = 1  # which had no such file
         else:
             write_json(path, {"version": VERSION})
             return
-        if found != VERSION:
+        if version != VERSION:
             raise UsageError(
-                f"{self.directory} has results of version {found} of the benchmark's format, this is version "
+                f"{self.directory} has results of version {version} of the benchmark's format, this is version "
                 f"{VERSION}: cells mean something else, and would be mixed up; {_REMEDY}"
             )
 

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from peft_steer import needs_prompts
 from peft_steer.utils.bitsandbytes import keep_unpacked
+from peft_steer.utils.errors import UsageError
 
 from .adapters import check, fingerprint, set_strength, take_off
 
@@ -38,7 +39,7 @@ class PeftSteerLM(HFLM):
             trained with.
 
     Raises:
-        ValueError: If `peft` is no path, or `scale` no finite number or without an adapter that has a strength.
+        UsageError: If `peft` is no path, or `scale` no finite number or without an adapter that has a strength.
     """
 
     # While loglikelihoods are computed: the number of context tokens, by what the model is given.
@@ -56,7 +57,7 @@ class PeftSteerLM(HFLM):
     ) -> None:
         check(peft, scale)
         if peft and kwargs.get("delta"):
-            raise ValueError("Cannot use both 'peft' and 'delta' options at the same time.")
+            raise UsageError("Cannot use both 'peft' and 'delta' options at the same time.")
         super().__init__(pretrained, *args, **kwargs)
         if hasattr(self, "accelerator"):  # set by `hf` if there are several processes
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -94,7 +95,7 @@ class PeftSteerLM(HFLM):
         if flags.get("load_in_4bit") or flags.get("load_in_8bit"):
             kwargs["quantization_config"] = BitsAndBytesConfig(**flags)
         elif flags.keys() - {"load_in_4bit", "load_in_8bit"}:
-            raise ValueError(f"{', '.join(flags)}: nothing is quantized without `load_in_4bit` or `load_in_8bit`")
+            raise UsageError(f"{', '.join(flags)}: nothing is quantized without `load_in_4bit` or `load_in_8bit`")
         super()._create_model(*args, **kwargs)
         keep_unpacked(self._model)
 
@@ -116,8 +117,8 @@ class PeftSteerLM(HFLM):
                     n = len(tokens) + 1 - len(continuation)
                     same = self._context_lengths.setdefault(_unpadded(tokens), n) == n
                     (now if same else later).append(i)
-                found = super()._loglikelihood_tokens([requests[i] for i in now], disable_tqdm, override_bs)
-                answers.update(zip(now, found, strict=True))
+                scored = super()._loglikelihood_tokens([requests[i] for i in now], disable_tqdm, override_bs)
+                answers.update(zip(now, scored, strict=True))
                 waiting = later
                 if waiting and self.batch_size == "auto" and not override_bs:  # detected once is enough
                     override_bs = min(self.batch_sizes.values())
@@ -127,7 +128,7 @@ class PeftSteerLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         if needs_prompts(self.model):
-            raise ValueError(
+            raise UsageError(
                 "A rolling loglikelihood (perplexity) has no prompt, to which the adapter's `positions` refer. Train "
                 "it with `positions='all'`, or evaluate it on other tasks."
             )

@@ -12,12 +12,10 @@ class UsageError(ValueError):
 
 @contextmanager
 def usage_errors(prefix: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Turns errors of these kinds into a `UsageError` with the prefix. Only
-    around calls of other libraries that check or find what a user has named."""
+    """Turns errors of these kinds into a `UsageError`, the prefix before the message. Only around calls that check or
+    find what a user has named."""
     try:
         yield
-    except UsageError:
-        raise
     except kinds as error:
         raise UsageError(f"{prefix}{error}") from error
 

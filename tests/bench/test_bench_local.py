@@ -138,7 +138,7 @@ def test_gpus_are_divided_among_the_jobs():
     ],
 )
 def test_cells_that_do_not_fit_this_machine(monkeypatch, tmp_path, visible, jobs, changes, message):
-    monkeypatch.setattr(local, "_visible_gpus", lambda: visible)
+    monkeypatch.setattr(local, "visible_accelerators", lambda: visible)
     with pytest.raises(ValueError, match=message):
         run_cells([make_cell("unused", "LoRA", LORA, **changes)], Store(tmp_path), LocalEngine(jobs))
 
@@ -147,7 +147,7 @@ def test_cells_that_do_not_fit_this_machine(monkeypatch, tmp_path, visible, jobs
     ("arguments", "message"),
     [
         ({"jobs": 0}, "--jobs 0: at least one"),
-        ({"name": "slurm"}, "--engine slurm: there are 'local' and 'ray'"),
+        ({"name": "slurm"}, "--engine slurm: must be 'local' or 'ray'"),
         ({"address": "auto"}, "--address auto: only --engine ray has one"),
     ],
 )

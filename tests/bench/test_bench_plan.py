@@ -5,11 +5,11 @@ import re
 import pytest
 from grids import BASE, FULL, LORA, STEER, cells_of, write_grid
 
-from peft_steer.bench.command import main
 from peft_steer.bench.grid.candidates import _nearest, contenders
 from peft_steer.bench.grid.parse import load_grid
 from peft_steer.bench.grid.plan import Cell
 from peft_steer.bench.grid.protocol import planned, run_grid
+from peft_steer_cli import main
 
 
 def test_a_grid_means_its_cells(tiny_llama, tmp_path):
@@ -166,7 +166,7 @@ def test_the_nearest_rank(size, budget):
 def test_a_method_that_does_not_fit(tiny_llama, tmp_path, capsys):
     wrong = {**LORA, "name": "wrong", "target_modules": ["no_such_module"]}
     path = write_grid(tmp_path, model=tiny_llama, methods=[BASE, wrong])
-    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert main(["bench", str(path), "--output", str(tmp_path / "out")]) == 2
     assert re.search("method 'wrong' does not fit .*no_such_module", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -180,7 +180,7 @@ def test_the_same_run_twice(tiny_llama, tmp_path):
 def test_dry_run(tiny_llama, tmp_path, capsys):
     swept = {**LORA, "learning_rate": [0.1, 0.2]}
     path = write_grid(tmp_path, model=tiny_llama, methods=[BASE, swept], limit=None)
-    assert main([str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert main(["bench", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "4 runs: 2 to choose on validation, 2 after it." in printed
     rows = [[text.strip() for text in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
@@ -254,7 +254,7 @@ def test_bad_grids(tmp_path, capsys, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         load_grid(path)
     assert str(error.value).startswith(f"{path}: ")
-    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert main(["bench", str(path), "--output", str(tmp_path / "out")]) == 2
     assert str(error.value) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -262,5 +262,5 @@ def test_bad_grids(tmp_path, capsys, changes, message):
 def test_no_yaml(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("model: [")
-    with pytest.raises(ValueError, match="is no valid YAML"):
+    with pytest.raises(ValueError, match="is not valid YAML"):
         load_grid(path)

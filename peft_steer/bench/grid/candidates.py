@@ -13,6 +13,8 @@ import torch
 from peft import get_peft_config, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from peft_steer.utils.errors import UsageError, usage_errors
+
 from .plan import FULL, Contender, Grid, Method, Model, peft_fields
 
 
@@ -20,41 +22,42 @@ def contenders(grid: Grid) -> tuple[list[Contender], list[str]]:
     """The grid's methods as they will be trained, and a line about each rank that was matched, or could not be.
 
     Raises:
-        ValueError: If a method does not fit a model, naming both.
-        OSError: If a model's configuration cannot be loaded.
+        UsageError: If a method does not fit a model, naming both, or if a model's configuration cannot be loaded.
     """
-    found, remarks = [], []
+    entrants, remarks = [], []
     for model in grid.models:
         budget = None
         if grid.match is not None:
             reference = next(method for method in grid.methods if method.name == grid.match)
             budget = _size(model, reference, reference.variants()[0])
             if budget is None:
-                raise ValueError(f"match: the size of {grid.match!r} cannot be known before {model.name} is loaded")
+                raise UsageError(f"match: the size of {grid.match!r} cannot be known before {model.name} is loaded")
         for method in grid.methods:
             configs = method.variants()
             if method.matched and budget:
                 configs, remark = _matched(model, method, configs, budget)
                 remarks.append(f"{model.name}: {method.name}: {remark}")
             sizes = tuple(_size(model, method, config) for config in configs)
-            found.append(Contender(model, method, tuple(configs), sizes))
-    return found, remarks
+            entrants.append(Contender(model, method, tuple(configs), sizes))
+    return entrants, remarks
 
 
 def meta_model(source: str) -> PreTrainedModel:
     """A model of which only the configuration is read, without memory for its weights."""
+    with usage_errors(f"{source}: "):
+        config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _size(model: Model, method: Method, config: dict[str, Any]) -> int | None:
     """Trainable parameters; None if the method needs the weights to tell."""
     if config.get("peft_type") == FULL and model.quantization:
-        raise ValueError(f"method {method.name!r}: quantized weights cannot be trained ({model.name})")
+        raise UsageError(f"method {method.name!r}: quantized weights cannot be trained ({model.name})")
     try:
         return _trainable(model.source, json.dumps(config, sort_keys=True))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"method {method.name!r} does not fit {model.name}: {error}") from error
+        raise UsageError(f"method {method.name!r} does not fit {model.name}: {error}") from error
 
 
 @cache
@@ -83,7 +86,7 @@ def _matched(
     def size(variant: dict[str, Any], rank: int) -> int:
         count = _size(model, method, {**variant, method.matched: rank})
         if count is None:
-            raise ValueError(
+            raise UsageError(
                 f"method {method.name!r}: its size cannot be known before {model.name} is loaded, so `match` cannot "
                 f"choose; give its {method.matched}"
             )

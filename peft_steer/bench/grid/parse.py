@@ -2,18 +2,17 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
-import yaml
 from transformers import BitsAndBytesConfig
 
 import peft_steer  # noqa: F401  (registers the tuner types)
-from peft_steer.utils.errors import suggest
+from peft_steer.utils.errors import suggest, usage_errors
+from peft_steer.utils.yaml import read_yaml
 
 from .extras import (
     PROMPT,
@@ -52,15 +51,6 @@ def paper_rates(peft_type: str) -> tuple[float, ...]:
     return tuple(float(f"{rate:.2g}") for rate in np.geomspace(low, high, 5))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string, for want of a dot. This one reads it as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def load_grid(path: str | Path, model: str | None = None) -> Grid:
     """Reads and checks a grid.
 
@@ -69,17 +59,12 @@ def load_grid(path: str | Path, model: str | None = None) -> Grid:
         model: A directory or hub id in the place of the file's only model.
 
     Raises:
-        ValueError: For anything that cannot be run as written, naming the file, the key and a way out.
+        UsageError: For anything that cannot be run as written, naming the file, the key and a way out.
     """
     path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    try:
+    raw = read_yaml(path)
+    with usage_errors(f"{path}: ", kinds=(ValueError, TypeError)):
         return _grid(raw, model, path.parent)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _grid(raw: Any, model: str | None, folder: Path) -> Grid:

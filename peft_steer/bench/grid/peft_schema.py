@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_config
 from trl import SFTConfig
+
+from peft_steer.utils.devices import has_accelerator
 
 from .plan import FULL, STEER_RATE, Cell, peft_fields
 
@@ -78,7 +79,7 @@ def _arguments(cell: Cell) -> SFTConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers deprecates fields that TRL fills in
         arguments = {"bf16": False, **cell.train}
-        return SFTConfig("unused", report_to="none", use_cpu=not torch.cuda.is_available(), **arguments)
+        return SFTConfig("unused", report_to="none", use_cpu=not has_accelerator(), **arguments)
 
 
 def _dtype(cell: Cell) -> str:

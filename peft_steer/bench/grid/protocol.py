@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from peft_steer.utils.errors import UsageError
+
 from .plan import Cell, Contender, Grid
 
 
@@ -27,30 +29,30 @@ def run_grid(grid: Grid, contenders: list[Contender], run: Callable[[list[Cell]]
     """
     groups = list(grid.groups(contenders))
     sweep = [cell for group in groups if _is_sweep(group) for cell in group]
-    found = dict(zip((cell.key for cell in sweep), run(sweep), strict=True))
+    swept = dict(zip((cell.key for cell in sweep), run(sweep), strict=True))
     chosen, remarks = [], []
     for group in groups:
-        best, remark = _choose(group, [found[cell.key] for cell in group]) if _is_sweep(group) else (group[0], None)
+        best, remark = _choose(group, [swept[cell.key] for cell in group]) if _is_sweep(group) else (group[0], None)
         remarks += [remark] if remark else []
         chosen += grid.repeated(best) if best else []
     if grid.choose:
         said = {**grid.choose, **grid.choose.get("train", {})}
         remarks.append("Chosen with " + ", ".join(f"{key} {value}" for key, value in said.items() if key != "train"))
-    final = [cell for cell in chosen if cell.key not in found]  # looking at the sweep alone, they are the same
-    return Outcome(final + sweep, [*run(final), *found.values()], remarks)
+    final = [cell for cell in chosen if cell.key not in swept]  # looking at the sweep alone, they are the same
+    return Outcome(final + sweep, [*run(final), *swept.values()], remarks)
 
 
 def planned(grid: Grid, contenders: list[Contender]) -> tuple[list[Cell], list[Cell]]:
     """The sweep's cells, and the ones after it, as if the first of each group were chosen.
 
     Raises:
-        ValueError: If two methods define the same cell.
+        UsageError: If two methods define the same cell.
     """
     groups = list(grid.groups(contenders))
     names: dict[str, str] = {}
     for cell in (cell for group in groups for cell in group):
         if cell.key in names:
-            raise ValueError(f"methods {names[cell.key]!r} and {cell.name!r} define the same run; remove one")
+            raise UsageError(f"methods {names[cell.key]!r} and {cell.name!r} define the same run; remove one")
         names[cell.key] = cell.name
     sweep = [cell for group in groups if _is_sweep(group) for cell in group]
     keys = {cell.key for cell in sweep}

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from peft_steer.utils.devices import has_accelerator
 from peft_steer.utils.errors import suggest
 
 
@@ -70,7 +71,6 @@ def merge(trainer: str, *layers: dict[str, Any]) -> dict[str, Any]:
 
 def check_fields(where: str, trainer: str, fields: dict[str, Any]) -> None:
     """Raises a `ValueError` if TRL's config of `trainer` refuses the values."""
-    import torch
 
     try:
         with warnings.catch_warnings():
@@ -78,7 +78,7 @@ def check_fields(where: str, trainer: str, fields: dict[str, Any]) -> None:
             config_class(trainer)(
                 output_dir="unused",
                 report_to="none",
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=not has_accelerator(),
                 **{"bf16": False, **fields},
             )
     except (ValueError, TypeError) as error:

@@ -17,6 +17,7 @@ import transformers
 import trl
 from peft import PeftModel
 from transformers import (
+from peft_steer.utils.devices import default_device, device_name
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -122,7 +123,7 @@ def _of_items(scores: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def _load(cell: Cell) -> PreTrainedModel:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     arguments: dict[str, Any] = {"dtype": getattr(torch, cell.dtype)}
     if cell.quantization:
         arguments["quantization_config"] = BitsAndBytesConfig(**cell.quantization)
@@ -150,6 +151,4 @@ def _decode_ratio(base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrain
 def _environment(device: torch.device) -> dict[str, str]:
     libraries = (torch, transformers, datasets, peft, trl, lm_eval)
     versions = {library.__name__: library.__version__ for library in libraries}
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    return {"device": name, "python": platform.python_version(), **versions}
+    return {"device": device_name(device), "python": platform.python_version(), **versions}
