@@ -131,6 +131,8 @@ def test_a_rerun_repeats_only_what_failed(finished, capsys, tmp_path):
     assert "LoRA-lr_0.01: no experiment for PEFT's benchmark: its lr_scheduler_type is cosine or constant" in printed
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_killed_half_way(tiny_llama, tmp_path):
     out = tmp_path / "out"
     grid = write_grid(tmp_path, model=tiny_llama, methods=[BASE, {**LORA, "train": {"max_steps": 100_000}}])

@@ -16,7 +16,10 @@ from peft_steer.bench.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH: make browser"),
+]
 EVIL = "<b>x</b></script><script>document.title = 'run'</script> & $y_1$"
 WIDTHS = {"desktop": (1400, 1000), "phone": (420, 900)}
 

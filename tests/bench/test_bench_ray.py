@@ -45,6 +45,8 @@ def cluster(monkeypatch):
         cluster.shutdown()
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_nodes_one_killed(bench_reference, cluster, tmp_path, caplog):
     cells, results, _ = bench_reference
     store = Store(tmp_path)

@@ -120,6 +120,7 @@ def test_a_dead_holders_lock_is_free_and_what_it_left_is_removed(tmp_path):
     assert list((tmp_path / "adapters").iterdir()) == []
 
 
+@pytest.mark.multiprocess
 def test_killed_in_the_middle_of_writing(tmp_path):
     """Whatever the moment, each file is of one writing, and each adapter complete."""
     store = Store(tmp_path)

@@ -33,6 +33,7 @@ def answers(model: torch.nn.Module, model_path: str, expressions: list[str]) -> 
     return torch.stack(logits).log_softmax(-1)[:, digits]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harness_model", "config"),
     [

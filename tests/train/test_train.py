@@ -280,6 +280,7 @@ def test_the_last_value_of_each_metric():
     assert last_metrics(history) == {"loss": 1.0, "eval_loss": 3.0}
 
 
+@pytest.mark.slow
 def test_the_printed_command_evaluates(run, capsys):
     out = run(sft, **STEER, load_in_4bit=True, positions="last")
     printed = capsys.readouterr().out.split("To evaluate it:\n")[1]

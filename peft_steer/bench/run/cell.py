@@ -17,7 +17,6 @@ import transformers
 import trl
 from peft import PeftModel
 from transformers import (
-from peft_steer.utils.devices import default_device, device_name
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -30,6 +29,7 @@ from peft_steer.cost.methods import share
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
 from peft_steer.utils.bitsandbytes import keep_unpacked
+from peft_steer.utils.devices import default_device, device_name
 
 from ..grid.plan import FULL, Cell
 from ..store import read_training
