@@ -3,12 +3,12 @@
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import datasets
 
 
-OPERATORS = {
+OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "max": max,
     "min": min,
     # The lower-rounded mean of the two middle values when their number is even, as in the original.

@@ -83,8 +83,8 @@ class _Run:
             lock = self.store.lock(cell)
             if lock is None:
                 elsewhere += 1
-            elif self.store.stamp(cell) != self.stamps[cell.key]:
-                self._take(cell, self.store.read(cell), "another runner: ")
+            elif self.store.stamp(cell) != self.stamps[cell.key] and (result := self.store.read(cell)) is not None:
+                self._take(cell, result, "another runner: ")
                 lock.release()
             else:
                 self.waiting.remove(cell)

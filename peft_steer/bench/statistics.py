@@ -150,7 +150,8 @@ def compare_all(contenders: Sequence[Scores]) -> list[Comparison]:
         try:
             made.append(compare(first, second))
         except ValueError as error:
-            made.append(Comparison(first.name, second.name, *[math.nan] * 4, test=f"not compared: {error}"))
+            nan = math.nan
+            made.append(Comparison(first.name, second.name, nan, nan, nan, nan, f"not compared: {error}"))
     tested = [comparison for comparison in made if not math.isnan(comparison.p)]
     corrected = iter(multipletests([c.p for c in tested], alpha=ALPHA, method="holm")[1] if tested else ())
     return [c if math.isnan(c.p) else Comparison(**{**vars(c), "p_holm": float(next(corrected))}) for c in made]

@@ -78,7 +78,7 @@ def _runs(arguments: Namespace) -> list[Namespace]:
         if adapter is not None:
             with usage_errors(f"peft={adapter}: "):
                 PeftConfig.from_pretrained(adapter, revision=model_args.get("revision"))
-        run = {"model_args": base if adapter is None else {**model_args, "peft": adapter}}
+        run: dict[str, Any] = {"model_args": base if adapter is None else {**model_args, "peft": adapter}}
         if values["use_cache"]:  # its keys do not say which adapter answered
             run["use_cache"] = f"{values['use_cache']}_{name}"
         runs.append(Namespace(**{**vars(arguments), **run}))
@@ -88,7 +88,8 @@ def _runs(arguments: Namespace) -> list[Namespace]:
 @contextmanager
 def _one_base() -> Iterator[None]:
     """Within it the runs' `--model peft-steer` is one model, with the adapter of the run."""
-    create, made = PeftSteerLM.create_from_arg_obj, []
+    create = PeftSteerLM.create_from_arg_obj
+    made: list[PeftSteerLM] = []
 
     def shared(model_args: dict[str, Any], additional_config: dict[str, Any] | None = None) -> PeftSteerLM:
         if made:

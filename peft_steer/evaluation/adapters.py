@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
@@ -63,6 +64,7 @@ def take_off(model: PreTrainedModel | PeftModel, expected: dict[str, int] | None
     if not isinstance(model, PeftModel):
         return model
     kind = model.active_peft_config.peft_type.value
+    base: Any
     if model.active_peft_config.is_prompt_learning:
         base = model.get_base_model()
     elif isinstance(model.base_model, BaseTuner):
@@ -80,7 +82,7 @@ def take_off(model: PreTrainedModel | PeftModel, expected: dict[str, int] | None
     return base
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, int]:
+def fingerprint(model: nn.Module) -> dict[str, int]:
     """The sum of the bytes of every parameter and buffer, by name; those that are elsewhere (offloaded, or in a tensor
     type of a quantization library) have none."""
     tensors = [*model.named_parameters(), *model.named_buffers()]

@@ -45,6 +45,7 @@ class PeftSteerLM(HFLM):
     # While loglikelihoods are computed: the number of context tokens, by what the model is given.
     _context_lengths: dict[tuple[int, ...], int] | None = None
     _probing = False
+    _model: Any  # with an adapter or without
     _fingerprint: dict[str, int] | None = None  # of the base below the present adapter
 
     def __init__(
@@ -72,7 +73,7 @@ class PeftSteerLM(HFLM):
             scale: As in the constructor.
 
         Raises:
-            ValueError: As in the constructor; or if the base is not what it was before the present adapter, which then
+            UsageError: As in the constructor; or if the base is not what it was before the present adapter, which then
                 has to be evaluated by itself.
         """
         check(peft, scale)
@@ -110,7 +111,9 @@ class PeftSteerLM(HFLM):
             while waiting:
                 # Requests that give the model the same tokens, as context and continuation divided differently, are
                 # different requests: the harness would run the model once for all of them.
-                self._context_lengths, now, later = {}, [], []
+                self._context_lengths = {}
+                now: list[int] = []
+                later: list[int] = []
                 for i in waiting:
                     _, context, continuation = requests[i]
                     tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
@@ -149,6 +152,7 @@ class PeftSteerLM(HFLM):
         if self._probing:  # for memory: any tokens, whose logits nobody reads
             lengths = [inps.shape[1]] * len(inps)
         else:
+            assert self._context_lengths is not None  # within `_loglikelihood_tokens`
             lengths = [self._context_lengths[_unpadded(row)] for row in inps.tolist()]
         handle = self.model.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "prompt_lengths": lengths}), with_kwargs=True

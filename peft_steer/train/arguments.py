@@ -115,7 +115,7 @@ def parse(argv: list[str], prog: str, script_cls: type, training_cls: type) -> A
     config_cls = _config_class(argv, recipe)
     adapter_parser = _adapter_parser(config_cls)
     given, rest = adapter_parser.parse_known_args(argv)
-    types = (script_cls, training_cls, ModelConfig, DatasetMixtureConfig, TaskArguments)
+    types: Any = (script_cls, training_cls, ModelConfig, DatasetMixtureConfig, TaskArguments)
     parser = TrlParser(
         types,
         prog=prog,
@@ -137,7 +137,10 @@ def parse(argv: list[str], prog: str, script_cls: type, training_cls: type) -> A
     rate = adapter.pop("steer_learning_rate", None)
     peft_config = _peft_config(config_cls, adapter, parsed[2])
     _check(parsed[0], parsed[3], parsed[4], peft_config, rate)
-    return Arguments(*parsed, peft_config=peft_config, steer_learning_rate=None if rate is None else float(rate))
+    script, training, model, mixture, task = parsed
+    return Arguments(
+        script, training, model, mixture, task, peft_config, steer_learning_rate=None if rate is None else float(rate)
+    )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

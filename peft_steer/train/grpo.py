@@ -80,7 +80,7 @@ def reward(name: str, task: Any, metric: str | None = None, chat: bool = False) 
         if task is None:
             raise UsageError(f"reward_funcs: {_TASK!r} is the metric of a task; name one with `task`")
         return reward_function(task, metric)
-    known = {
+    known: dict[str, Any] = {
         "accuracy_reward": accuracy_reward,
         "reasoning_accuracy_reward": reasoning_accuracy_reward,
         "think_format_reward": think_format_reward,

@@ -89,9 +89,9 @@ def _checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
         resume = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if resume is None:
             raise UsageError(f"resume_from_checkpoint: there is no checkpoint in {output_dir!r}")
-    if not Path(resume).is_dir():
+    if not Path(str(resume)).is_dir():
         raise UsageError(f"resume_from_checkpoint: there is no directory {resume!r}")
-    return resume
+    return str(resume)
 
 
 def _base_of(adapter: str, base: str | None) -> str:
@@ -102,7 +102,7 @@ def _base_of(adapter: str, base: str | None) -> str:
         recorded = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if recorded is None and base is None:
         raise UsageError(f"adapter_name_or_path: {adapter!r} names no base; set `model_name_or_path`")
-    if None not in (recorded, base) and find_model(base).path != find_model(recorded).path:
+    if recorded is not None and base is not None and find_model(base).path != find_model(recorded).path:
         raise UsageError(
             f"model_name_or_path: {base!r} is not {recorded!r}, the base that the adapter {adapter!r} was made for. "
             "Leave it out to take the adapter's, or, if the weights are the same, change `base_model_name_or_path` in "
@@ -116,7 +116,8 @@ def _task(arguments: Arguments) -> Any:
     if task.task is None:
         return None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
-    return tasks.load_task(task.task, task.include_path, task.num_fewshot, task.metadata)[0]
+    metadata: Any = task.metadata  # parsed by now
+    return tasks.load_task(task.task, task.include_path, task.num_fewshot, metadata)[0]
 
 
 def task_datasets(arguments: Arguments, make: Callable[..., datasets.Dataset]) -> dict[str, datasets.Dataset | None]:
@@ -171,15 +172,19 @@ def _make(
     quantization = get_quantization_config(model_args)
     if adapter is None:
         training.model_init_kwargs = model_kwargs
-        model = {"model": source.path, "quantization_config": quantization, "peft_config": arguments.peft_config}
+        model: dict[str, Any] = {
+            "model": source.path,
+            "quantization_config": quantization,
+            "peft_config": arguments.peft_config,
+        }
     else:
         base = create_model_from_path(source.path, quantization_config=quantization, **model_kwargs)
         model = {"model": PeftModel.from_pretrained(base, adapter, is_trainable=True)}
     patience = arguments.task.early_stopping_patience
-    callbacks = None if patience is None else [EarlyStoppingCallback(patience)]
-    trainer = trainer_cls(args=training, callbacks=callbacks, **model, **prepared)
+    callbacks: Any = None if patience is None else [EarlyStoppingCallback(patience)]
+    trainer: Any = trainer_cls(args=training, callbacks=callbacks, **model, **prepared)
     for config in getattr(trainer.model, "peft_config", {}).values():  # the whole model has none
-        if not Path(model_args.model_name_or_path).exists():
+        if not Path(str(model_args.model_name_or_path)).exists():
             config.base_model_name_or_path = model_args.model_name_or_path  # the hub id, not where it lies here
     if arguments.script.ignore_bias_buffers:  # as TRL's DPO script
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
@@ -192,7 +197,7 @@ def _make(
     return trainer
 
 
-def _report_dropped(trainer: Trainer, given: Any) -> None:
+def _report_dropped(trainer: Any, given: Any) -> None:
     """TRL leaves out, silently, what `max_length` cuts before the first token to learn."""
     if not isinstance(given, datasets.Dataset) or getattr(trainer.args, "packing", False):
         return
@@ -205,7 +210,7 @@ def _report_dropped(trainer: Trainer, given: Any) -> None:
         )
 
 
-def _train(trainer: Trainer, arguments: Arguments) -> None:
+def _train(trainer: Any, arguments: Arguments) -> None:
     row = next(iter(trainer.train_dataset))
     if trainer.accelerator.is_main_process:
         preflight(trainer, _text(row, trainer.processing_class))
@@ -226,7 +231,7 @@ def _text(row: dict[str, Any], tokenizer: Any) -> str:
     return str(row.get("prompt", row.get("text", row.get("messages"))))
 
 
-def _save(trainer: Trainer, arguments: Arguments, name: str, source: Source) -> None:
+def _save(trainer: Any, arguments: Arguments, name: str, source: Source) -> None:
     training = arguments.training
     trainer.save_model(training.output_dir)
     mixture = [data.path for data in arguments.mixture.datasets]

@@ -26,8 +26,8 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
         raise UsageError("reward_metric: only grpo has a reward")
     training, config = arguments.training, arguments.peft_config
     steer = config.steer_config() if isinstance(config, JointSteerLoraConfig) else config
-    some = isinstance(steer, SteerConfig) and steer.positions != "all"
-    if some and training.packing and training.packing_strategy == "wrapped":
+    wrapped = training.packing and training.packing_strategy == "wrapped"
+    if wrapped and isinstance(steer, SteerConfig) and steer.positions != "all":
         raise UsageError(
             f"packing_strategy: 'wrapped' does not say where the prompts are that positions={steer.positions!r} "
             "refers to; use 'bfd'"

@@ -1,6 +1,7 @@
 """bitsandbytes' 4-bit layers on a CPU, computed as everywhere else."""
 
 import logging
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,7 @@ def keep_unpacked(model: nn.Module) -> None:
     back, so this is logged. Call it before the first evaluation.
     """
     rounded = False
+    module: Any
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
@@ -28,7 +30,7 @@ def keep_unpacked(model: nn.Module) -> None:
         )
 
 
-def _unpack(layer: nn.Module) -> bool:
+def _unpack(layer: Any) -> bool:
     """Whether the layer was packed."""
     packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
     scales = layer.weight.quant_state.absmax if packed else None

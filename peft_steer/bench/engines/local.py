@@ -83,7 +83,7 @@ class _Slot:
         self.cell: Cell | None = None
         self.model: Any = None
         self.process: Any = None
-        self.connection: Connection | None = None
+        self.connection: Any = None
         self._visible: list[str] = []
 
     def start(self, cell: Cell, store: Store) -> None:
@@ -97,6 +97,7 @@ class _Slot:
 
     def take(self) -> tuple[Cell, dict[str, Any]]:
         cell, self.cell = self.cell, None
+        assert cell is not None
         try:
             if not self.connection.poll():  # a process that it started still has the other end open
                 raise EOFError
@@ -145,7 +146,9 @@ def _work(connection: Connection, gpus: list[str], jobs: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)
 
 

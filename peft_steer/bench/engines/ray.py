@@ -61,6 +61,8 @@ class _Remote:
 class _Actor:
     """An actor of the cluster, and what it does."""
 
+    handle: Any  # Ray makes its methods
+
     def __init__(self, resources: tuple[float, int]):
         gpus, processes = self.resources = resources
         # An unreachable node costs several retries in a second, so it is the restarts that have a limit.
@@ -96,7 +98,7 @@ class RayEngine:
         if not ray.is_initialized():
             address = self.address or os.environ.get("RAY_ADDRESS") or "local"
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            alone = {"include_dashboard": False} if address == "local" else {}
+            alone: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             try:
                 _knock(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **alone)
@@ -167,6 +169,7 @@ class RayEngine:
                 self._drop(actor)
 
     def _greet(self, actor: _Actor) -> None:
+        assert actor.pending is not None
         try:
             ray.get(actor.pending)
         except RayError as error:
@@ -181,6 +184,7 @@ class RayEngine:
         cell, store, reference = actor.cell, actor.store, actor.pending
         assert cell is not None
         assert store is not None
+        assert reference is not None
         actor.cell = actor.store = actor.pending = None
         try:
             result, files, lost = ray.get(reference)

@@ -82,13 +82,15 @@ def _matched(
     model: Model, method: Method, variants: list[dict[str, Any]], budget: int
 ) -> tuple[list[dict[str, Any]], str]:
     """The variants with the rank whose number of parameters is nearest to `budget`, and what to say about it."""
+    field = method.matched
+    assert field is not None
 
     def size(variant: dict[str, Any], rank: int) -> int:
-        count = _size(model, method, {**variant, method.matched: rank})
+        count = _size(model, method, {**variant, field: rank})
         if count is None:
             raise UsageError(
                 f"method {method.name!r}: its size cannot be known before {model.name} is loaded, so `match` cannot "
-                f"choose; give its {method.matched}"
+                f"choose; give its {field}"
             )
         return count
 
@@ -96,10 +98,10 @@ def _matched(
     for variant in variants:
         rank = _nearest(partial(size, variant), budget)
         if rank is None:
-            return variants, f"its size does not depend on {method.matched}, so there is nothing to match"
-        chosen.append({**variant, method.matched: rank})
+            return variants, f"its size does not depend on {field}, so there is nothing to match"
+        chosen.append({**variant, field: rank})
         count = size(variant, rank)
-        said.append(f"{method.matched}={rank} ({count:,} parameters, {count / budget:.2f} x {budget:,})")
+        said.append(f"{field}={rank} ({count:,} parameters, {count / budget:.2f} x {budget:,})")
     return chosen, "; ".join(dict.fromkeys(said))
 
 

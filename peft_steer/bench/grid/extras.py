@@ -31,7 +31,7 @@ def parse_retention(raw: Any) -> tuple[dict[str, Any], ...]:
         limit = fields.get("limit")
         limit = None if limit is None else parse_count(f"{where}: limit", limit, least=1)
         kept.append({"name": name, "limit": limit, "metadata": _mapping(f"{where}: metadata", fields.get("metadata"))})
-    names = [entry["name"] for entry in kept]
+    names = [str(entry["name"]) for entry in kept]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"retention: the names {sorted(twice)} occur twice")
     return tuple(kept)

@@ -267,9 +267,8 @@ def _check_distinct(grid: Grid) -> None:
         names = [value.name for value in values]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{key}: the names {sorted(twice)} occur twice")
-    for key, values in [
-        ("seeds", grid.seeds),
-        *((f"method {method.name!r}: learning_rate", method.learning_rates) for method in grid.methods),
-    ]:
-        if len(set(values)) < len(values):
-            raise ValueError(f"{key}: {list(values)} has a value twice")
+    numbers: dict[str, tuple[float, ...]] = {"seeds": grid.seeds}
+    numbers |= {f"method {method.name!r}: learning_rate": method.learning_rates for method in grid.methods}
+    for key, given in numbers.items():
+        if len(set(given)) < len(given):
+            raise ValueError(f"{key}: {list(given)} has a value twice")

@@ -248,9 +248,11 @@ class Grid:
 
     def _candidate(self, cell: Cell, task: Task) -> Cell:
         """The cell by which a choice is made. What is kept of other tasks is measured where results are reported."""
-        unreported = {} if self.split == "validation" else {"split": "validation", "retention": [], "kl_prompts": 0}
+        changes: dict[str, Any] = {"limit": self.choose.get("limit", task.limit)}
+        if self.split != "validation":
+            changes |= {"split": "validation", "retention": [], "kl_prompts": 0}
         train = {**cell.train, **merge(cell.trainer, self.choose.get("train", {}))}
-        return replace(cell, train=train, limit=self.choose.get("limit", task.limit), **unreported)
+        return replace(cell, train=train, **changes)
 
     def _reported(self) -> dict[str, Any]:
         return {"split": self.split, "retention": list(self.retention), "kl_prompts": self.kl_prompts}

@@ -67,6 +67,7 @@ def _points(group: Group, rows: list[Row], x: list[float], name: str) -> list[go
     traces = []
     for row, value in zip(rows, x, strict=True):
         summary, (colour, symbol) = row.summary, _style(group, row.method)
+        assert summary is not None  # of `done`
         traces.append(
             go.Scatter(
                 x=[value],
@@ -76,7 +77,7 @@ def _points(group: Group, rows: list[Row], x: list[float], name: str) -> list[go
                 marker={"color": colour, "symbol": symbol, "size": 11},
                 name=_name(row.label),
                 hovertemplate=f"{name} %{{x}}<br>{group.metric} {summary.mean:.3f}, 95 % CI {summary.low:.3f} to "
-                f"{summary.high:.3f}, {len(row.scores.values)} seeds",
+                f"{summary.high:.3f}, {row.n_seeds} seeds",
             )
         )
     return traces
@@ -86,7 +87,9 @@ def _parameters(group: Group) -> go.Figure:
     trained = [row for row in group.done if row.costs["trainable"] > 0]
     figure = _figure("trainable parameters", f"{group.metric}, 95 % interval", len(group.done), log_x=bool(trained))
     for row in group.done:
-        if row.costs["trainable"] == 0:  # the untrained base, which a logarithmic axis has no place for
+        if (
+            row.costs["trainable"] == 0 and row.summary is not None
+        ):  # the untrained base, which a logarithmic axis has no place for
             figure.add_hrect(y0=row.summary.low, y1=row.summary.high, fillcolor="#777", opacity=0.15, line_width=0)
             figure.add_hline(y=row.summary.mean, line_dash="dash", line_color="#555", annotation_text=_name(row.label))
     figure.add_traces(_points(group, trained, [row.costs["trainable"] for row in trained], "parameters"))
@@ -121,7 +124,7 @@ def _cost(group: Group) -> go.Figure:
 def _pairs(group: Group) -> go.Figure:
     labels = [row.label for row in group.done]
     short = [_name(label if len(label) <= 28 else label[:27] + "…") for label in labels]
-    gap = [[None] * len(labels) for _ in labels]
+    gap: list[list[float | None]] = [[None] * len(labels) for _ in labels]
     text = [[""] * len(labels) for _ in labels]
     hover = [[""] * len(labels) for _ in labels]
     for pair in group.comparisons:

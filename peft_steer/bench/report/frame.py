@@ -53,6 +53,16 @@ class Row:
     against_best: Comparison | None = None
     letters: str = ""
 
+    @property
+    def mean(self) -> float:
+        """The mean score; NaN if all trainings failed."""
+        return math.nan if self.summary is None else self.summary.mean
+
+    @property
+    def n_seeds(self) -> int:
+        """Trainings that have a score."""
+        return 0 if self.scores is None else len(self.scores.values)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -93,7 +103,7 @@ def groups(cells: Sequence[Cell], results: Sequence[Result]) -> list[Group]:
 
     The best row is that with the highest score. All pairs of a group are one family for the correction of p values.
     """
-    members: dict[tuple[str, ...], list[tuple[Cell, Result]]] = {}
+    members: dict[tuple[str, str, str], list[tuple[Cell, Result]]] = {}
     for cell, result in zip(cells, results, strict=True):
         members.setdefault((cell.model, _precision(cell), cell.task), []).append((cell, result))
     return [_group(*key, pairs) for key, pairs in members.items()]
@@ -166,8 +176,8 @@ def _group(model: str, precision: str, task: str, pairs: list[tuple[Cell, Result
         for (name, choice), trainings in entries.items()
     ]
     done = [row for row in rows if row.scores is not None]
-    comparisons = compare_all([row.scores for row in done])
-    ranked = sorted(done, key=lambda row: -row.summary.mean)
+    comparisons = compare_all([row.scores for row in done if row.scores is not None])
+    ranked = sorted(done, key=lambda row: -row.mean)
     letters = tie_letters([row.label for row in ranked], comparisons)
     best = ranked[0].label if ranked else None
     against = {c.second if c.first == best else c.first: c for c in comparisons if best in (c.first, c.second)}

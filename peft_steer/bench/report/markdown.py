@@ -30,8 +30,8 @@ def notes(group: Group) -> list[str]:
     """What the numbers of a group's table are, in whole sentences."""
     if not group.done:
         return []
-    several = [row for row in group.done if len(row.scores.values) > 1]
-    alone = [row.label for row in group.done if len(row.scores.values) == 1 and row.losses]
+    several = [row for row in group.done if row.n_seeds > 1]
+    alone = [row.label for row in group.done if row.n_seeds == 1 and row.losses]
     over = "test items (Wilson's)"
     if several:
         over = "test items and training seeds (Student's t; for a single training over test items alone, Wilson's)"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 
@@ -21,7 +22,7 @@ def main_table(group: Group) -> pd.DataFrame:
             if name in _ALWAYS or any(entry(row)[0] != _NONE for row in group.done)
         }
     )
-    best = max(group.done, key=lambda row: row.summary.mean).label if group.done else None
+    best = max(group.done, key=lambda row: row.mean).label if group.done else None
     if len(group.done) > 1:
         place = list(table).index("95 % CI") + 1
         table.insert(place, "against the best", [_against(row, best) for row in group.rows])
@@ -44,7 +45,7 @@ def sweep_table(group: Group) -> pd.DataFrame:
     return table if table["variant"].any() else table.drop(columns="variant")
 
 
-def _validation(line: tuple) -> str:
+def _validation(line: Any) -> str:
     return f"{line.learning_rate:g}: " + ("failed" if math.isnan(line.score) else f"{line.score:.3f}")
 
 
@@ -102,7 +103,7 @@ def _against(row: Row, best: str | None) -> Cell:
     if row.label == best:
         return "best", math.inf
     comparison = row.against_best
-    if math.isnan(comparison.p):
+    if comparison is None or math.isnan(comparison.p):
         return "not compared", -math.inf
     gap = 0.0 - abs(comparison.difference)  # not −0.0
     p = "p < 0.001" if comparison.p_holm < 0.001 else f"p = {comparison.p_holm:.3f}"

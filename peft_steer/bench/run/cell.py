@@ -75,7 +75,8 @@ class Runner:
         costs |= {"trainable": 0, "parameters": base.num_parameters()}
         before = text_loss(base, tokenizer, cell.forgetting) if cell.forgetting and cell.config else None
         transformers.set_seed(cell.seed)
-        model = base.requires_grad_(True) if full else share(base)  # adapters on the same weights froze them
+        # Adapters on the same weights froze them.
+        model: Any = base.requires_grad_(True) if full else share(base)
         if cell.config:
             trained = read_training(adapter_dir)
             if trained is None:
@@ -84,9 +85,9 @@ class Runner:
                 model = PeftModel.from_pretrained(model, adapter_dir)
                 start -= trained["train_seconds"]  # it took that time too, in another cell
             costs |= trained
-        if before is not None:
+        if before is not None and cell.forgetting is not None:
             costs["forgetting"] = {"before": before, "after": text_loss(model, tokenizer, cell.forgetting)}
-        if cell.config and not full:
+        if isinstance(model, PeftModel):
             costs["decode_ratio"] = _decode_ratio(base, model, tokenizer)
         harness = PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size)
         scores = _of_items(score(harness, task, cell.limit, **chat_of(cell)), cell.task)
@@ -131,7 +132,8 @@ def _load(cell: Cell) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(cell.source, **arguments)
         keep_unpacked(model)
         return model
-    return AutoModelForCausalLM.from_pretrained(cell.source, **arguments).to(device)
+    model = AutoModelForCausalLM.from_pretrained(cell.source, **arguments)
+    return model.to(device)  # type: ignore[arg-type]  # as transformers wraps it
 
 
 def _sums(model: torch.nn.Module) -> list[float]:

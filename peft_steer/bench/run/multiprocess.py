@@ -57,7 +57,7 @@ def launch(cell: Cell, adapter_dir: Path) -> dict[str, Any]:
         try:
             process.wait()
         finally:
-            process.stdin.close()
+            process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
             process.wait()
         results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("result-*.json"))]
     failed = [result for result in results if result["status"] == "failed"]
