@@ -8,7 +8,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint peft-suite browser clean
+.PHONY: demo test lint peft-suite gpu-check browser clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
@@ -25,6 +25,10 @@ browser:
 peft-suite: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers parameterized
 	$(BIN)/python tests/peft_suite/run.py -n auto $(ARGS)
+
+# One table about this machine's accelerator, without a connection; ARGS="--only cost" for a part. On a CPU a small shape.
+gpu-check: $(READY)
+	$(BIN)/python recipes/gpu_check.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
