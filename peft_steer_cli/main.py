@@ -6,6 +6,8 @@ import importlib
 import sys
 from dataclasses import dataclass
 
+from .arguments import with_underscores
+
 
 @dataclass(frozen=True)
 class Command:
@@ -26,16 +28,21 @@ class Command:
 
 COMMANDS = {
     "bench": Command("compare PEFT methods on a task, as a grid file says", "peft_steer.bench.command:run", "bench"),
-    "cost": Command("measure the memory and the time of PEFT methods on a model", "peft_steer.cost:main"),
+    "cost": Command(
+        "measure the memory and the time of PEFT methods on a model", "peft_steer.cost.command:run", "cost"
+    ),
     "sft": Command("fine-tune with TRL's SFTTrainer, as a recipe says", "peft_steer.train.sft:main"),
     "grpo": Command("reinforcement learning with TRL's GRPOTrainer", "peft_steer.train.grpo:main"),
     "dpo": Command("preference optimization with TRL's DPOTrainer", "peft_steer.train.dpo:main"),
     "analyze": Command(
         "what fine-tuning changes in the hidden states, and what steering can follow",
-        "peft_steer.analysis.command:main",
+        "peft_steer.analysis.command:run",
+        "analyze",
     ),
     "distill": Command(
-        "turn a fine-tuned model or an adapter into a steering adapter", "peft_steer.analysis.distill.command:main"
+        "turn a fine-tuned model or an adapter into a steering adapter",
+        "peft_steer.analysis.distill.command:main",
+        "distill",
     ),
     "tasks": Command(
         "list the tasks that ship, with splits and licences, or show one", "peft_steer.commands.tasks:run", "tasks"
@@ -67,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     command = COMMANDS[name]
     arguments: list[str] | argparse.Namespace = words
     if command.parser is not None:
+        parser = importlib.import_module(f"peft_steer_cli.{command.parser}").make_parser()
         try:
-            arguments = importlib.import_module(f"peft_steer_cli.{command.parser}").make_parser().parse_args(words)
+            arguments = parser.parse_args(with_underscores(words))
         except SystemExit as exit_:  # argparse has printed the help or the error
             return int(exit_.code or 0)
     from peft_steer.commands.shell import run

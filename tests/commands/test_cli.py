@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import PostBlockSteerConfig
 from peft_steer.commands import shell
+from peft_steer.cost import methods
 from peft_steer.evaluation.tasks import OUR_TASKS
 from peft_steer.utils.errors import UsageError
-from peft_steer_cli import main
+from peft_steer_cli import cost, main
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -80,7 +81,18 @@ def test_usage(capsys):
         (["analize"], 2, "did you mean 'analyze'?"),
         (["bench", "--help"], 0, "--dry-run"),
         (["bench", "grid.yaml", "--jobs", "0"], 2, "--jobs: must be at least 1, not 0"),
+        (
+            ["bench", "grid.yaml", "--dry-run", "--export-peft"],
+            2,
+            "--export-peft/--export_peft: expected one argument",
+        ),
         (["tasks", "--help"], 0, "--include_path"),
+        (["cost", "--help"], 0, "--random_weights"),
+        (["analyze", "--help"], 0, "first-order"),
+        (["analyze", "oracle", "--help"], 0, "--tuned"),
+        (["analyze", "orcale"], 2, "invalid choice: 'orcale'"),
+        (["distill", "--help"], 0, "--max_error"),
+        (["distill", "--max-error", "-1"], 2, "--max_error: must be above 0, not -1"),
     ],
 )
 def test_help_and_mistyped_commands_import_nothing(words, code, output):
@@ -91,6 +103,10 @@ def test_help_and_mistyped_commands_import_nothing(words, code, output):
     process = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
     assert process.returncode == code, process.stderr
     assert output in process.stdout + process.stderr
+
+
+def test_the_help_of_cost_names_its_presets():
+    assert tuple(methods.PRESETS) == cost.PRESETS
 
 
 def test_mistakes_are_reported_and_faults_keep_their_traceback(monkeypatch, capsys):
