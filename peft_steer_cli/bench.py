@@ -21,8 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--engine", choices=("local", "ray"), default="local", help="this machine or a Ray cluster")
     add("--address", help="of the Ray cluster (default: RAY_ADDRESS, else a new one on this machine)")
     add(
-        "--export_peft",
         "--export-peft",
+        "--export_peft",
         type=Path,
         metavar="DIR",
         help="also write the files that PEFT's method comparison reads",

@@ -34,7 +34,7 @@ def load(
 ) -> datasets.DatasetDict:
     """Builds the three splits. lm-eval passes the task's `metadata`, which `--metadata '{"max_depth": 3}'` overrides.
 
-    An expression's own hash decides its split, so no expression is ever in two of them, whatever the sizes.
+    An expression's own hash decides its split, so no expression is in two of them, for any sizes.
 
     Args:
         max_depth: Operators that may be nested in each other; 1 is a flat list.

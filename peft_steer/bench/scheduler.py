@@ -1,7 +1,7 @@
-"""Runs the cells that have no result yet, on whatever workers an engine has, and writes what they return.
+"""Runs the cells that have no result yet on an engine's workers, and writes what they return.
 
-Every cell that is run is locked here, and its result is written here before the lock is released: of two runners on
-one directory each runs what the other does not, and a killed one loses the cells that it was running and no others.
+A cell is locked while it runs, and its result is written before the lock is released. So several runners can share a
+directory, and a killed one loses only the cells that it was running.
 """
 
 import logging

@@ -144,7 +144,8 @@ def compare(first: Scores, second: Scores) -> Comparison:
 
 
 def compare_all(contenders: Sequence[Scores]) -> list[Comparison]:
-    """Every pair, corrected as one family by Holm's method. A pair with different items is refused, and says so."""
+    """Every pair, corrected as one family by Holm's method. A pair with different items is not compared: see its
+    `test`."""
     made = []
     for first, second in combinations(contenders, 2):
         try:

@@ -25,7 +25,7 @@ from peft_steer.utils.yaml import parse_yaml
 
 
 class _TaskManager(lm_eval.tasks.TaskManager):
-    """Adds our tasks to whatever `--include_path` names: lm-eval's command line takes one path only."""
+    """Adds our tasks to the folder of `--include_path`: lm-eval's command line takes one path only."""
 
     def __init__(self, *args: Any, include_path: str | None = None, **kwargs: Any) -> None:
         paths = [str(OUR_TASKS), *([include_path] if include_path else [])]

@@ -39,7 +39,7 @@ class PeftSteerLM(HFLM):
             trained with.
 
     Raises:
-        UsageError: If `peft` is no path, or `scale` no finite number or without an adapter that has a strength.
+        UsageError: If `peft` is not a path, or `scale` is not finite or the adapter has no strength.
     """
 
     # While loglikelihoods are computed: the number of context tokens, by what the model is given.
@@ -69,7 +69,7 @@ class PeftSteerLM(HFLM):
         """Takes the present adapter off the base and puts another one on it.
 
         Args:
-            peft: Path or Hub ID of the adapter, of any type, whatever the present one's is; None for the base alone.
+            peft: Path or Hub ID of the adapter, of any type; None for the base alone.
             scale: As in the constructor.
 
         Raises:

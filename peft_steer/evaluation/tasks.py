@@ -91,7 +91,7 @@ def evaluate_on(task: ConfigurableTask, split: str) -> None:
         UsageError: If the task has no such split.
     """
     if split not in ("validation", "test"):
-        raise UsageError(f"split: {split!r} is none of 'validation', 'test'")
+        raise UsageError(f"split: {split!r} is not 'validation' or 'test'")
     if (task.config.test_split if split == "test" else task.config.validation_split) is None:
         raise UsageError(f"split: task {task.config.task!r} has no {split} split")
     if split == "validation":

@@ -13,7 +13,7 @@ def keep_unpacked(model: nn.Module) -> None:
     """Turn off a path of bitsandbytes' `Linear4bit` that loses gradients and precision.
 
     On CPUs with AVX512-BF16, bitsandbytes (seen in 0.50.2) packs the weight in the first evaluation and from then on
-    computes in bfloat16 and outside autograd, in later training too, so whatever lies below gets wrong gradients or
+    computes in bfloat16 and outside autograd, in later training too, so what lies below gets wrong gradients or
     none. A packed weight is unpacked here; but packing has rounded its scales to bfloat16, and nothing brings them
     back, so this is logged. Call it before the first evaluation.
     """

@@ -1,4 +1,4 @@
-"""The accelerator of this machine, whatever its make."""
+"""The accelerator of this machine: CUDA, ROCm, XPU, MPS or another."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The current accelerator (CUDA, ROCm, XPU, MPS, ...), or the CPU."""
+    """The current accelerator, or the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

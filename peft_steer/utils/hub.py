@@ -49,7 +49,7 @@ def find_model(model: str) -> Source:
         path = huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.txt", "model.safetensors"])
     except LocalEntryNotFoundError:
         return _from_wheel()
-    if not (Path(path) / "model.safetensors").is_file():  # offline, this returns whatever part of it is in the cache
+    if not (Path(path) / "model.safetensors").is_file():  # offline, the cache may have only a part of it
         return _from_wheel()
     return Source(path, model)
 

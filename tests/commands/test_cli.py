@@ -84,7 +84,7 @@ def test_usage(capsys):
         (
             ["bench", "grid.yaml", "--dry-run", "--export-peft"],
             2,
-            "--export-peft/--export_peft: expected one argument",
+            "expected one argument",
         ),
         (["tasks", "--help"], 0, "--include_path"),
         (["cost", "--help"], 0, "--random_weights"),

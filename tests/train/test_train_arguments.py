@@ -160,7 +160,11 @@ def test_a_recipe_that_is_none(tmp_path):
         (sft, {"resume_from_checkpoint": "absent"}, "resume_from_checkpoint: there is no directory 'absent'"),
         (sft, {"early_stopping_patience": 2}, "early_stopping_patience: needs `load_best_model_at_end: true`"),
         (grpo, {}, "output_type 'multiple_choice', only of 'generate_until'"),
-        (grpo, {"task": "list_max_min", "reward_metric": "acc"}, "reward metric 'acc' is none of task 'list_max_min'"),
+        (
+            grpo,
+            {"task": "list_max_min", "reward_metric": "acc"},
+            "reward metric 'acc' is not a metric of task 'list_max_min'",
+        ),
         (
             grpo,
             {"task": "list_max_min", "reward_funcs": ["tusk"]},

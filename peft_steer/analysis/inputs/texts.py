@@ -116,7 +116,7 @@ def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     """Texts to compute from, and others to measure on, drawn by `--seed`.
 
     Args:
-        args: The flags of [`add_text_arguments`].
+        args: The flags of `peft_steer_cli.inputs.add_text_arguments`.
         tokenizer: With a padding token.
 
     Raises:

@@ -8,7 +8,7 @@ from peft_steer.bench.store import Store
 
 
 class EngineError(RuntimeError):
-    """No cell can be run: there are no workers, or they do not start."""
+    """No cell can be run: no workers start."""
 
 
 class Engine(Protocol):

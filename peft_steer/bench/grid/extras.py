@@ -45,7 +45,7 @@ def parse_reference(raw: Any) -> tuple[Reference, ...]:
         fields = _mapping(where, entry, ("method", "task", "score", "source", "n", "model"))
         score = fields.get("score")
         if isinstance(score, bool) or not isinstance(score, (int, float)):
-            raise ValueError(f"{where}: score: {score!r} is no number")
+            raise ValueError(f"{where}: score: {score!r} is not a number")
         if fields.get("n") is not None:
             parse_count(f"{where}: n", fields["n"], least=1)
         for name in ("method", "task", "source", *(["model"] if fields.get("model") is not None else [])):

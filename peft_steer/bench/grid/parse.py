@@ -127,7 +127,7 @@ def _model(where: str, raw: Any, grid: dict) -> Model:
         raise ValueError(f"{where}: quantization: {error}") from error
     gpus = raw.get("gpus", 0)
     if isinstance(gpus, bool) or not isinstance(gpus, (int, float)) or gpus < 0:
-        raise ValueError(f"{where}: gpus: {gpus!r} is no number of at least 0")
+        raise ValueError(f"{where}: gpus: must be a number of at least 0, not {gpus!r}")
     return Model(
         name=name,
         source=name,
@@ -197,7 +197,7 @@ def _method(index: int, raw: Any, grid: dict, trainers: list[str]) -> Method:
         matched = "r"
     elif matched is not None and matched not in fields:
         hint = suggest(str(matched), list(fields))
-        raise ValueError(f"{where}: matched: {matched!r} is no field of {type_name}{hint}")
+        raise ValueError(f"{where}: matched: {matched!r} is not a field of {type_name}{hint}")
     elif matched in (*raw, *sweep):
         raise ValueError(f"{where}: {matched}: is given, and to be matched too; remove one")
     raw.setdefault("task_type", "CAUSAL_LM")
@@ -223,7 +223,7 @@ def _forgetting(value: Any, folder: Path) -> str | None:
 
 def _rate(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: {value!r} is no number (write it without quotes)")
+        raise ValueError(f"{where}: {value!r} is not a number (write it without quotes)")
     if not 0 < value < float("inf"):
         raise ValueError(f"{where}: {value} is not above 0 and finite")
     return float(value)
@@ -243,7 +243,7 @@ def _typed(where: str, value: Any, kind: type) -> Any:
 
 def _one_of(where: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(f"{where}: {value!r} is none of {choices}")
+        raise ValueError(f"{where}: {value!r} is not one of {choices}")
     return value
 
 

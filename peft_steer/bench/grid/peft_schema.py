@@ -117,7 +117,7 @@ def _inexpressible(cell: Cell, arguments: SFTConfig) -> str | None:
     if arguments.get_warmup_steps(steps) != warmup:
         return f"its warm-up is {warmup} of {steps} steps, not {arguments.get_warmup_steps(steps)}: set warmup_steps"
     if OptimizerNames(arguments.optim).value not in _ADAMW:
-        return f"optim: {OptimizerNames(arguments.optim).value!r} is none of {_ADAMW}"
+        return f"optim: {OptimizerNames(arguments.optim).value!r} is not one of {_ADAMW}"
     if extra := sorted(set(cell.quantization) - {"load_in_4bit", "load_in_8bit"}):
         return f"it quantizes with the defaults of BitsAndBytesConfig, without {', '.join(extra)}"
     return None

@@ -232,7 +232,7 @@ class Grid:
     kl_prompts: int = 0
     reference: tuple[Reference, ...] = ()
 
-    def groups(self, contenders: list[Contender]) -> Iterator[list[Cell]]:
+    def options(self, contenders: list[Contender]) -> Iterator[list[Cell]]:
         """The cells of each model, task and method with the first seed, on the split where a choice is made."""
         for contender, task in self._pairs(contenders):
             choices = list(itertools.product(contender.configs, contender.method.learning_rates))

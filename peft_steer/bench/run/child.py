@@ -47,6 +47,6 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by Python's own exit: torch 2.13's Gloo group, freed by it, now and then waits for ever for a thread of its
+    # Not by Python's own exit: torch 2.13's Gloo group, freed by it, sometimes waits forever for a thread of its
     # own that waits for the interpreter's lock.
     os._exit(status)
