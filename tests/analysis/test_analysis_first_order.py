@@ -187,7 +187,7 @@ def test_refused(architecture, adapter, message):
 
 
 def test_an_activation_without_a_forward_derivative_is_refused():
-    with pytest.raises(ValueError, match="BloomMLP computes its activation by an autograd function"):
+    with pytest.raises(ValueError, match="BloomMLP computes its activation by its own autograd function"):
         match(update("bloom"), state())
 
 
