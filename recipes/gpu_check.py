@@ -1,7 +1,7 @@
 """Checks an accelerator in one go, without a connection, and prints one table to paste.
 
     make gpu-check                            # or: python recipes/gpu_check.py
-    python recipes/gpu_check.py --only cost   # a part of it
+    python recipes/gpu_check.py --only cost
     python recipes/gpu_check.py --shape tiny  # seconds, on any machine
 
 Random weights in the shape of Llama-3.2-1B on an accelerator, a small shape on a CPU. It exits with 1 if a check
@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +109,11 @@ def cost(folder: Path, tiny: bool) -> Iterator[Row]:
             with measure.checkpointing(model, checkpointed):
                 kept[name] = saved_bytes(model, batch)
                 peak[name] = measure.step_peak(model, batch)
-        seconds = _step_seconds(adapted, batch, rounds, checkpointed)
+        with ExitStack() as stack:
+            for model in adapted.values():
+                stack.enter_context(measure.checkpointing(model, checkpointed))
+            steps = {name: measure.training_step(model, batch) for name, model in adapted.items()}
+            seconds = measure.interleaved_seconds(steps, rounds, DEVICE, 0, "Steps")
         yield Row(
             f"floor{label}",
             f"step {statistics.median(seconds['floor']):.3f} s, kept {kept['floor'] / 1e6:,.0f} MB, "
@@ -129,15 +134,13 @@ def compiled(folder: Path, tiny: bool) -> Iterator[Row]:
     steering. On a CPU the graph is run by eager kernels, as there may be no compiler."""
     ids, backend = _ids(folder, 2, 32), "aot_eager" if ON_CPU else "inductor"
     base = _load(folder, "bfloat16")
-    limit = None
     for name in ("base", "post_block", "loreft"):
         model = share(base) if name == "base" else adapt(base, name)
         _randomize(model)
         with torch.no_grad():
             found = torch.compile(model.eval(), fullgraph=True, backend=backend)(input_ids=ids, use_cache=False).logits
         error = _distance(found, _logits(model, ids))
-        limit = max(2 * error, 1e-2) if limit is None else limit
-        yield Row(f"{name}, compiled ({backend}) against eager", f"{error:.1e}", f"<= {limit:.1e}", error <= limit)
+        yield Row(f"{name}, compiled ({backend}) against eager", f"{error:.1e}", "<= 1e-2", error <= 1e-2)
 
 
 def training(folder: Path, tiny: bool) -> Iterator[Row]:
@@ -213,8 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     no_gpu = " There is no accelerator here: times say nothing of one." if ON_CPU else ""
     shape = ", ".join(f"{value} {name}" for name, value in SHAPES[args.shape].items())
     print(f"{device_name(DEVICE)}; {versions}.{no_gpu}\nRandom Llama: {shape}. {time.perf_counter() - start:.0f} s.\n")
-    headers = ("section", "check", "value", "wanted", "")
-    print(tabulate(table, headers=headers, tablefmt="github", disable_numparse=True))
+    print(tabulate(table, ("section", "check", "value", "wanted", ""), "github", disable_numparse=True))
     return 1 if failed else 0
 
 
@@ -270,15 +272,6 @@ def _randomize(model: torch.nn.Module) -> None:
     for p in model.parameters():
         if p.requires_grad:
             p.copy_(0.05 * torch.randn(p.shape, generator=generator))
-
-
-def _step_seconds(adapted: dict[str, Any], batch: dict[str, Any], rounds: int, checkpointed: bool) -> dict[str, Any]:
-    for model in adapted.values():
-        if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.disable_input_require_grads()
-    steps = {name: measure.training_step(model, batch) for name, model in adapted.items()}
-    return measure.interleaved_seconds(steps, rounds, DEVICE, 0, "Steps")
 
 
 def _ratio(seconds: list[float], reference: list[float]) -> float:
