@@ -1,6 +1,8 @@
 """Cells trained by reinforcement and by preference: what is recorded, what is saved, what a killed run keeps."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +17,13 @@ from trainer_cells import GRPO, grpo_cell, some_cells
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer.bench.engines import make_engine
-from peft_steer.bench.run import grpo
+from peft_steer.bench.run import grpo, training
 from peft_steer.bench.run.cell import Runner
 from peft_steer.bench.run.divergence import divergence
 from peft_steer.bench.run.prompts import task_of
 from peft_steer.bench.scheduler import run_cells
 from peft_steer.bench.store import Store
+from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.tasks import pair_of
 
 
@@ -179,3 +182,47 @@ def test_a_killed_run_by_reinforcement_goes_on(tiny_llama, tmp_path):
     assert store.stamp(done) == stamp
     assert [step for step, _ in second["curves"]["reward"]] == [1, 2, 3]
     assert not store.adapter_path(endless).exists()
+
+
+@pytest.mark.parametrize("trainer", ["sft", "grpo"])
+def test_conversations(trainer, tiny_llama, tmp_path, monkeypatch):
+    """With a chat template the model is trained on the prompt that it is scored with."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    prompt = {"num_fewshot": 0, "apply_chat_template": True, "system_instruction": "Count."}
+    trained, scored = [], []
+    make, generate = training._TRAINERS[trainer].make, PeftSteerLM.generate_until
+
+    def recording(*args):
+        made = make(*args)
+        row = made.train_dataset[0]
+        trained.append(
+            row["input_ids"]
+            if trainer == "sft"
+            else tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        )
+        return made
+
+    def scoring(self, requests, **kwargs):
+        scored.extend(request.args[0] for request in requests)
+        return generate(self, requests, **kwargs)
+
+    monkeypatch.setattr(training._TRAINERS[trainer], "make", recording)
+    monkeypatch.setattr(PeftSteerLM, "generate_until", scoring)
+    train = GRPO if trainer == "grpo" else {"max_steps": 1, "per_device_train_batch_size": 4}
+    cell = grpo_cell(
+        str(tmp_path / "model"), "chat", STEER, trainer=trainer, train=train, prompt=prompt, kl_prompts=2, limit=2
+    )
+    result = Runner()(cell, tmp_path / "adapter")
+    assert result["kl_tokens"] > 0
+    shape = re.compile(r"<system>Count\.<eos><user>m(ax|in)\([\d,]+\)=<eos><assistant>")
+    assert len(scored) == 2
+    assert all(shape.fullmatch(text) for text in scored)
+    text = tokenizer.decode(trained[0])
+    assert shape.match(text)
+    assert bool(shape.fullmatch(text)) == (trainer == "grpo")  # supervised: the answer follows
