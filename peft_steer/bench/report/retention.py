@@ -49,8 +49,10 @@ def changes(group: Group) -> dict[str, dict[str, Comparison]]:
 
 
 def retention_table(group: Group) -> pd.DataFrame:
-    """A line a row of the group: the base's scores, then each change with its p value."""
+    """A line a row of the group: the base's scores, then each change with its p value. Empty without changes."""
     base, found = _base(group), changes(group)
+    if base is None:
+        return pd.DataFrame()
     lines = [{"method": base.label, **{task: f"{summarize(base.retention[task]).mean:.3f}" for task in found}}]
     for row in _trained(group):
         lines.append({"method": row.label, **{task: _change(found[task].get(row.label)) for task in found}})
@@ -77,16 +79,18 @@ def frontier(group: Group) -> list[Point]:
             loss, error, axis = row.costs["forgetting"], 0.0, "forgetting, nats per token of plain text"
         else:
             continue
-        points.append(Point(row.method, row.label, axis, loss=loss, loss_error=error, **gain))
+        points.append(
+            Point(row.method, row.label, axis, loss=loss, loss_error=error, gain=gain[0], gain_error=gain[1])
+        )
     return [replace(point, best=not any(_beats(other, point) for other in points)) for point in points]
 
 
-def _gain(group: Group, row: Row, base: Row) -> dict[str, float] | None:
-    """Of the row's comparison with the base; None if they were scored on different items."""
+def _gain(group: Group, row: Row, base: Row) -> tuple[float, float] | None:
+    """The gain over the base and the half-width of its 95 % interval; None if they were scored on different items."""
     for pair in group.comparisons:
         if {pair.first, pair.second} == {row.label, base.label} and not math.isnan(pair.difference):
             sign = 1 if pair.first == row.label else -1
-            return {"gain": sign * pair.difference, "gain_error": (pair.high - pair.low) / 2}
+            return sign * pair.difference, (pair.high - pair.low) / 2
     return None
 
 
