@@ -23,6 +23,7 @@ from peft_steer.bench.run.divergence import divergence
 from peft_steer.bench.run.prompts import task_of
 from peft_steer.bench.scheduler import run_cells
 from peft_steer.bench.store import Store
+from peft_steer.evaluation import tasks
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.tasks import pair_of
 
@@ -158,6 +159,20 @@ def test_tasks_that_are_kept(runner, tiny_llama, tmp_path):
     assert base["n"] == steered["n"] == 6
     assert base["items"]["ids"] == steered["items"]["ids"]
     assert base["score"] == sum(base["items"]["scores"]) / 6
+
+
+def test_a_group_is_kept_as_one_task(runner, tiny_llama, tmp_path, monkeypatch):
+    """Its score is the mean over all items of its tasks, however many each has."""
+    shutil.copytree(tasks.OUR_TASKS / "listops", tmp_path / "listops")
+    (tmp_path / "listops" / "both.yaml").write_text("group: both\ntask: [listops_short, list_max_min]\n")
+    monkeypatch.setattr(tasks, "OUR_TASKS", tmp_path)
+    entries = [{"name": name, "limit": 6, "metadata": {}} for name in ("both", "listops_short", "list_max_min")]
+    found = runner(grpo_cell(tiny_llama, "base", {}, retention=entries), tmp_path / "none")["retention"]
+    both, short, lists = (found[entry["name"]] for entry in entries)
+    assert both["n"] == 12
+    assert both["score"] == pytest.approx((short["score"] + lists["score"]) / 2)
+    assert both["items"]["scores"] == short["items"]["scores"] + lists["items"]["scores"]
+    assert both["items"]["ids"][0] == f"listops_short:{short['items']['ids'][0]}"
 
 
 def test_a_killed_run_by_reinforcement_goes_on(tiny_llama, tmp_path):
