@@ -176,6 +176,18 @@ def test_what_is_kept(kept_group):
     assert points["rough"].best == (gain["rough"] > gain["gentle"])
 
 
+def test_gain_against_the_forgetting_of_plain_text():
+    """Without retained tasks; its standard error is over seeds."""
+    pairs = [(cell("base"), result(cell("base"), 0.2))]
+    for seed, after in enumerate((3.2, 3.4, 3.9)):
+        made = cell("LoRA", seed=seed)
+        pairs.append((made, result(made, 0.5, forgetting={"before": 3.0, "after": after})))
+    (point,) = frontier(*groups(*zip(*pairs, strict=True)))
+    assert point.loss == pytest.approx(0.5)
+    assert point.loss_error == pytest.approx(np.std([0.2, 0.4, 0.9], ddof=1) / 3**0.5)
+    assert point.best
+
+
 def test_the_report_says_it(kept_group, tmp_path):
     reference = (
         Reference("gentle", "listops_short", 0.51, "a paper", n=200),

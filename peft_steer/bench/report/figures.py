@@ -252,7 +252,7 @@ def _frontier(group: Group, points: list[Point]) -> go.Figure:
             go.Scatter(
                 x=[point.loss],
                 y=[point.gain],
-                error_x={"array": [point.loss_error]},
+                error_x={"array": [None if math.isnan(point.loss_error) else point.loss_error]},
                 error_y={"array": [point.gain_error]},
                 mode="markers",
                 marker={"color": colour, "symbol": symbol, "size": 11},

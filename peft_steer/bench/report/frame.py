@@ -48,6 +48,7 @@ class Row:
         trainer: What trained it; "" for the base.
         curves: What the trainer recorded over its steps, such as the reward: by name and seed.
         retention: The scores of the retained tasks, by name.
+        forgetting_error: Standard error of the mean forgetting over seeds; NaN with one.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Row:
     trainer: str = ""
     curves: dict[str, dict[int, list[tuple[int, float]]]] = field(default_factory=dict)
     retention: dict[str, Scores] = field(default_factory=dict)
+    forgetting_error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _group(model: str, precision: str, task: str, pairs: list[tuple[Cell, Result
 def _row(method: str, choice: str, label: str, trainings: list[tuple[Cell, Result]]) -> Row:
     done = [(cell, result) for cell, result in trainings if result["status"] == "done"]
     scores = Scores.gather(label, [result["items"] for _, result in done]) if done else None
-    costs = pd.DataFrame([_costs(result) for _, result in done], columns=list(COSTS)).mean()
+    costs = pd.DataFrame([_costs(result) for _, result in done], columns=list(COSTS))
     return Row(
         method=method,
         label=label,
@@ -203,7 +205,8 @@ def _row(method: str, choice: str, label: str, trainings: list[tuple[Cell, Resul
         losses={cell.seed: result["loss"] for cell, result in done if result["loss"]},
         scores=scores,
         summary=summarize(scores) if scores else None,
-        costs=costs.to_dict(),
+        costs=costs.mean().to_dict(),
+        forgetting_error=float(costs["forgetting"].sem()),
         trainer=next((cell.trainer for cell, _ in trainings if cell.config), ""),
         curves=_curves(done),
         retention=_retention(label, done),

@@ -77,7 +77,7 @@ def _frontier(axes: Axes, group: Group) -> None:
         axes.errorbar(
             point.loss,
             point.gain,
-            xerr=point.loss_error,
+            xerr=None if math.isnan(point.loss_error) else point.loss_error,
             yerr=point.gain_error,
             fmt=marker,
             markersize=8,

@@ -12,7 +12,8 @@ from .frame import Group, Row
 
 @dataclass(frozen=True)
 class Point:
-    """A row of the group in the plane of gain and loss, with the 95 % half-widths of both.
+    """A row of the group in the plane of gain and loss, with the half-widths of their 95 % intervals (of the
+    forgetting of plain text: its standard error over seeds).
 
     Attributes:
         axis: What `loss` is.
@@ -76,7 +77,8 @@ def frontier(group: Group) -> list[Point]:
             error = math.sqrt(sum(((c.high - c.low) / 2) ** 2 for c in lost)) / len(lost)
             axis = f"loss on {', '.join(found)}" + (" (mean)" if len(found) > 1 else "")
         elif not math.isnan(row.costs["forgetting"]):
-            loss, error, axis = row.costs["forgetting"], 0.0, "forgetting, nats per token of plain text"
+            loss, error = row.costs["forgetting"], row.forgetting_error
+            axis = "forgetting, nats per token of plain text, ± standard error over seeds"
         else:
             continue
         points.append(
