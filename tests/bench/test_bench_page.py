@@ -84,7 +84,7 @@ def test_the_figures_are_drawn(page):
     titles = [title.text for title in page.find_elements(By.CSS_SELECTOR, ".figures h3")]
     assert titles == [
         *("Score and trainable parameters", "Score and cost", "Every pair"),
-        *("Learning rates, on the validation split", "Training loss"),
+        *("Learning rates, on the validation split", "Training loss", "Gain against loss"),
         *("Score and trainable parameters", "Score and cost", "Training loss"),
     ]
     count = (

@@ -23,7 +23,7 @@ def parse_choose(raw: Any, trainers: list[str]) -> dict[str, Any]:
 
 def parse_retention(raw: Any) -> tuple[dict[str, Any], ...]:
     """`retention: [TASK, {name: TASK, limit: N, metadata: {...}}]`."""
-    kept = []
+    kept: list[dict[str, Any]] = []
     for index, entry in enumerate(_list("retention", raw)):
         where = f"retention[{index}]"
         fields = _mapping(where, entry if isinstance(entry, dict) else {"name": entry}, ("name", "limit", "metadata"))

@@ -243,7 +243,7 @@ class Grid:
         """A chosen cell with every seed (the untrained base has no seed), as the grid reports it."""
         method = next(method for method in self.methods if method.name == cell.name)
         task = next(task for task in self.tasks if task.name == cell.task)
-        reported = {"limit": task.limit, "train": self._train(task, method), **self._reported()}
+        reported: dict[str, Any] = {"limit": task.limit, "train": self._train(task, method), **self._reported()}
         return [replace(cell, seed=seed, **reported) for seed in (self.seeds if cell.config else [cell.seed])]
 
     def _candidate(self, cell: Cell, task: Task) -> Cell:

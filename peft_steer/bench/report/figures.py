@@ -7,6 +7,8 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 
 from .frame import Group, Row
+from .over_steps import CURVES, mean_curve
+from .retention import Point, frontier
 
 
 _COSTS = {
@@ -36,6 +38,11 @@ def figures(group: Group) -> dict[str, go.Figure]:
         made["Learning rates, on the validation split"] = _rates(group)
     if any(row.losses for row in group.done):
         made["Training loss"] = _losses(group)
+    for name, title in CURVES.items():
+        if any(name in row.curves for row in group.done):
+            made[title] = _curve(group, name)
+    if points := frontier(group):
+        made["Gain against loss"] = _frontier(group, points)
     return made
 
 
@@ -202,4 +209,57 @@ def _losses(group: Group) -> go.Figure:
                     hovertemplate=f"seed {seed}, step %{{x}}: %{{y:.4f}}",
                 )
             )
+    return figure
+
+
+def _curve(group: Group, name: str) -> go.Figure:
+    rows = [row for row in group.done if name in row.curves]
+    figure = _figure("step", CURVES[name], len(rows))
+    for row in rows:
+        colour, _ = _style(group, row.method)
+        lines = [(f"seed {seed}", points, 0.8, 0.35) for seed, points in row.curves[name].items()]
+        lines.append(("mean", mean_curve(row.curves[name]), 2.5, 1.0))
+        for label, points, width, opacity in lines if len(lines) > 2 else lines[-1:]:
+            figure.add_trace(
+                go.Scatter(
+                    x=[step for step, _ in points],
+                    y=[value for _, value in points],
+                    mode="lines",
+                    line={"color": colour, "width": width},
+                    opacity=opacity,
+                    name=_name(row.label),
+                    legendgroup=_name(row.label),
+                    showlegend=label == "mean",
+                    hovertemplate=f"{label}, step %{{x}}: %{{y:.3f}}",
+                )
+            )
+    return figure
+
+
+def _frontier(group: Group, points: list[Point]) -> go.Figure:
+    figure = _figure(points[0].axis, f"gain in {group.metric}", len(points))
+    best = sorted((point for point in points if point.best), key=lambda point: point.loss)
+    figure.add_trace(
+        go.Scatter(
+            x=[point.loss for point in best],
+            y=[point.gain for point in best],
+            mode="lines",
+            line={"color": "#777", "dash": "dot", "shape": "hv"},
+            name="no other row gains more and loses less",
+            hoverinfo="skip",
+        )
+    )
+    for point in points:
+        colour, symbol = _style(group, point.method)
+        figure.add_trace(
+            go.Scatter(
+                x=[point.loss],
+                y=[point.gain],
+                error_x={"array": [None if math.isnan(point.loss_error) else point.loss_error]},
+                error_y={"array": [point.gain_error]},
+                mode="markers",
+                marker={"color": colour, "symbol": symbol, "size": 11},
+                name=_name(point.label),
+            )
+        )
     return figure

@@ -22,6 +22,8 @@ def main_table(group: Group) -> pd.DataFrame:
             if name in _ALWAYS or any(entry(row)[0] != _NONE for row in group.done)
         }
     )
+    if {row.trainer for row in group.rows} - {"", "sft"}:
+        table.insert(1, "trainer", [(row.trainer or _NONE, row.trainer) for row in group.rows])
     best = max(group.done, key=lambda row: row.mean).label if group.done else None
     if len(group.done) > 1:
         place = list(table).index("95 % CI") + 1
@@ -124,4 +126,9 @@ _NUMBERS: dict[str, Callable[[Row], Entry]] = {
     "file": _number("{:,.0f} kB", "adapter_bytes", 1e-3),
     "decoding": _number("{:.2f} x", "decode_ratio"),
     "forgetting": _number("{:+.3f}", "forgetting"),
+    "KL to the base": _number("{:.3f}", "kl"),
+    "answer": _number("{:.1f} tokens", "length"),
+    "rollouts": _number("{:,.0f} tokens/s", "rollout_tokens_per_second"),
+    "optimizer": _number("{:,.1f} MB", "optimizer_bytes", 1e-6),
+    "optimizer's share": _number("{:.1f} %", "optimizer_share", 100),
 }
