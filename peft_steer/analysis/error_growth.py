@@ -20,26 +20,15 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
-from peft_steer.utils.arguments import at_least, directory
 from peft_steer.utils.errors import UsageError
 
 from .capture.terms import Terms
-from .inputs.pairs import Pair, PairSource, add_pair_arguments, blocks_of, find_base, find_pair
-from .inputs.texts import Texts, add_text_arguments, load_texts
+from .inputs.pairs import Pair, PairSource, blocks_of, find_base, find_pair
+from .inputs.texts import Texts, load_texts
 from .maths import allocation
 from .maths.jacobian import Tail, gains
 from .maths.moments import Moments, warn_if_singular
 from .output import facts_of, write_figure, write_table
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser, required=False)
-    add_text_arguments(parser, held_out=False)
-    add = parser.add_argument
-    add("--probes", type=at_least(1), default=4, help="texts to put errors into (default: 4)")
-    add("--iterations", type=at_least(1), default=4, help="steps of the power iteration (default: 4)")
-    add("--r", type=at_least(1), default=8, help="the uniform rank to compare with (default: 8)")
-    add("--output", "-o", type=directory, required=True, metavar="DIR", help="table and figure")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -29,11 +29,10 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_steer.sites import Block
-from peft_steer.utils.arguments import at_least, directory
 from peft_steer.utils.errors import UsageError
 
-from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_pair
-from .inputs.texts import Texts, add_text_arguments, load_texts
+from .inputs.pairs import Pair, blocks_of, find_pair
+from .inputs.texts import Texts, load_texts
 from .maths.first_order_theory import TOLERANCES, Update, match
 from .maths.mlp import find_mlp
 from .output import check_same_run, facts_of, only_run, write_figure, write_table
@@ -41,22 +40,6 @@ from .output import check_same_run, facts_of, only_run, write_figure, write_tabl
 
 _TOKEN_COLUMNS = ("remainder", "down_share", "shift")
 _SPACE_COLUMNS = ("rank", "outside_down", "outside_inner", "outside", "size", "reached")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser)
-    add_text_arguments(parser, held_out=False)
-    add = parser.add_argument
-    add("--tokens", type=at_least(1), default=16, help="tokens, each of another text (default: 16)")
-    add("--layers_to_transform", type=at_least(0), nargs="+", metavar="I", help="these blocks only (default: all)")
-    add(
-        "--output",
-        "-o",
-        type=directory,
-        required=True,
-        metavar="DIR",
-        help="table and figure; resumes a run",
-    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -27,27 +27,14 @@ from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
 from peft_steer.tuners.joint.layer import JointSteerLayer
 from peft_steer.tuners.joint.projection import JointLowRank
-from peft_steer.utils.arguments import at_least, directory
 from peft_steer.utils.errors import UsageError, usage_errors
 
 from .inputs.adapters import check_adapter, read_adapter_config
-from .inputs.pairs import add_base_arguments, find_base
+from .inputs.pairs import find_base
 from .output import facts_of, write_figure, write_table
 
 
 HALVES = ("neither", "lora", "steer", "both")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_base_arguments(parser)
-    add = parser.add_argument
-    add("--adapter", required=True, metavar="DIR_OR_ID", help="a joint adapter of the base")
-    add("--task", required=True, metavar="NAME", help="an lm-eval task")
-    add("--include_path", metavar="DIR", help="a folder with more lm-eval tasks")
-    add("--num_fewshot", type=at_least(0), help="examples in a prompt, instead of the task's own number")
-    add("--limit", type=at_least(1), help="at most this many documents (default: all)")
-    add("--batch_size", type=at_least(1), default=8, help="documents at a time (default: 8)")
-    add("--output", "-o", type=directory, required=True, metavar="DIR", help="tables and figure")
 
 
 def run(args: argparse.Namespace) -> None:

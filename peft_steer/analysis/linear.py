@@ -25,38 +25,20 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from peft_steer.utils.arguments import at_least, directory, non_negative
 from peft_steer.utils.errors import UsageError
 
 from .capture.generation import continuations
 from .capture.steering import Place, edited, record
 from .distill.students import size_of
 from .inputs.adapters import check_adapter
-from .inputs.pairs import Model, Pair, PairSource, add_pair_arguments, find_pair
-from .inputs.texts import Texts, add_text_arguments, load_texts
+from .inputs.pairs import Model, Pair, PairSource, find_pair
+from .inputs.texts import Texts, load_texts
 from .maths.distance import Distance
 from .maths.regression import LowRankMap, PairMoments, RankedMaps, fit
 from .output import facts_of, write_figure, write_table
 
 
 BLOCK = ("block",)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser)
-    add_text_arguments(parser)
-    parser.set_defaults(num_texts=2048)
-    add = parser.add_argument
-    add("--output", "-o", type=directory, required=True, metavar="DIR", help="tables and figures")
-    add("--ranks", type=at_least(1), nargs="+", default=[1, 8, 64], help="of the maps (default: 1 8 64)")
-    add(
-        "--ridge",
-        type=non_negative,
-        default=0.0,
-        help="relative to the moments' diagonal (default: 0)",
-    )
-    add("--compare", nargs="+", default=[], metavar="ADAPTER", help="adapters of the base to measure beside the maps")
-    add("--new_tokens", type=at_least(1), default=16, help="tokens to generate after each prompt (default: 16)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -21,13 +21,12 @@ import torch
 from matplotlib.figure import Figure
 
 from peft_steer import needs_prompts
-from peft_steer.utils.arguments import at_least, directory
 from peft_steer.utils.errors import UsageError
 
 from .capture.generation import continuations
 from .capture.steering import Place, edited, oracle, record
-from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_pair
-from .inputs.texts import Batch, Texts, add_text_arguments, load_texts
+from .inputs.pairs import Pair, blocks_of, find_pair
+from .inputs.texts import Batch, Texts, load_texts
 from .maths.distance import Distance
 from .maths.moments import Moments, spectrum, warn_if_singular
 from .output import facts_of, write_figure, write_table
@@ -36,15 +35,6 @@ from .output import facts_of, write_figure, write_table
 SITES = {"attention": ("attention",), "mlp": ("mlp",), "attention+mlp": ("attention", "mlp"), "block": ("block",)}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 UNSTEERED = "block, unsteered"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser)
-    add_text_arguments(parser)
-    parser.add_argument("--output", "-o", type=directory, required=True, metavar="DIR", help="tables and figures")
-    parser.add_argument(
-        "--new_tokens", type=at_least(1), default=16, help="tokens to generate after each prompt (default: 16)"
-    )
 
 
 def run(args: argparse.Namespace) -> None:

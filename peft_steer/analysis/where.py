@@ -20,19 +20,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from peft_steer.utils.arguments import directory
 from peft_steer.utils.errors import UsageError
 
 from .capture.terms import TERMS, Terms
-from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_pair
-from .inputs.texts import Texts, add_text_arguments, load_texts
+from .inputs.pairs import Pair, blocks_of, find_pair
+from .inputs.texts import Texts, load_texts
 from .output import facts_of, write_figure, write_table
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser)
-    add_text_arguments(parser, held_out=False)
-    parser.add_argument("--output", "-o", type=directory, required=True, metavar="DIR", help="table and figure")
 
 
 def run(args: argparse.Namespace) -> None:

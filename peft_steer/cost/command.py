@@ -23,7 +23,6 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from peft_steer.utils.arguments import at_least, writable_file
 from peft_steer.utils.devices import default_device, device_name
 from peft_steer.utils.errors import UsageError, usage_errors
 from peft_steer.utils.files import write_json
@@ -35,16 +34,12 @@ from .methods import FLOOR, PRESETS, adapt, adapter_bytes, parse_method, share
 from .report import CHECKPOINTING, report
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def main(argv: list[str]) -> int:
-    """Runs `peft-steer cost`.
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints the table.
 
     Raises:
         UsageError: If the model or a method cannot be measured as asked.
     """
-    args = _parser().parse_args(argv)
     methods = list(dict.fromkeys(["lora", *(args.method or PRESETS)]))
     transformers.logging.set_verbosity_error()
     # PEFT still uses names that transformers has renamed.
@@ -55,32 +50,6 @@ def main(argv: list[str]) -> int:
     print(report(results))
     if args.output:
         write_json(args.output, results)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="peft-steer cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR_OR_ID", help="a causal language model")
-    add("--random_weights", action="store_true", help="take only the model's config, with weights drawn at random")
-    add(
-        "--method",
-        action="append",
-        metavar="METHOD",
-        help=f"{', '.join(PRESETS)} (default: all of these), or PEFT_TYPE:key=value,..., or an adapter's .json; "
-        "may be repeated. lora is always measured, as the reference",
-    )
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="of the base; the first is timed")
-    add("--gradient_checkpointing", action="store_true", help="take step time and peak memory with it")
-    add("--batch_size", type=at_least(1), default=4, help="rows of the training batch (default: 4)")
-    add("--length", type=at_least(2), default=128, help="tokens in each row (default: 128)")
-    add("--new_tokens", type=at_least(1), default=16, help="tokens to decode, for one row (default: 16)")
-    add("--rounds", type=at_least(2), default=10, help="of the timings, at least 2 (default: 10)")
-    add("--seed", type=at_least(0), default=0, help="of the batch and of the order in a round (default: 0)")
-    add("--output", type=writable_file, metavar="FILE.json", help="write all figures, with each round's times")
-    return parser
 
 
 def _measure(args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from peft_steer import PostBlockSteerConfig
-from peft_steer.analysis.inputs.texts import add_text_arguments, load_texts
+from peft_steer.analysis.inputs.texts import load_texts
+from peft_steer_cli.inputs import add_text_arguments
 
 
 # files of text, by name

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -25,14 +26,13 @@ from transformers import AutoConfig, set_seed
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
 from peft_steer.evaluation.tasks import load_task
-from peft_steer.utils.arguments import at_least, directory, non_negative, positive
 from peft_steer.utils.devices import visibility_variable, visible_accelerators
 from peft_steer.utils.errors import UsageError
 from peft_steer.utils.files import write_json
 
 from ..command import run_module
-from ..inputs.pairs import Model, Pair, PairSource, add_pair_arguments, find_pair
-from ..inputs.texts import Texts, add_text_arguments, load_texts
+from ..inputs.pairs import Model, Pair, PairSource, find_pair
+from ..inputs.texts import Texts, load_texts
 from ..output import check_same_run, facts_of, only_run
 from .fitting import FittedBlock, fit_blocks, load_fit, save_fit
 from .students import adapter_of, distances, out_of_reach, size_of
@@ -46,45 +46,13 @@ _FIT = "fit.safetensors"
 _NOTICEABLE = 1e-3  # nats
 
 
-def main(argv: list[str]) -> int:
+def main(args: argparse.Namespace) -> None:
     """Runs `peft-steer distill`.
 
     Raises:
         UsageError: If the models, the text or the flags cannot be used as given.
     """
-    run_module(__name__, "peft-steer distill", argv)
-    return 0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser)
-    add_text_arguments(parser)
-    parser.set_defaults(num_texts=2048)
-    add = parser.add_argument_group("adapter").add_argument
-    add("--output", "-o", type=directory, required=True, metavar="DIR", help="the adapter, and distill.json")
-    add("--r", type=at_least(1), default=8, help="rank of every block (default: 8)")
-    add("--max_error", type=positive, metavar="E", help="instead of --r: choose ranks that leave at most this error")
-    add(
-        "--ridge",
-        type=non_negative,
-        default=0.0,
-        help="relative to the moments' diagonal (default: 0)",
-    )
-    add = parser.add_argument_group("training").add_argument
-    add("--train_steps", type=at_least(0), default=0, help="steps by KL after the fit (default: 0)")
-    add("--learning_rate", type=positive, metavar="RATE", help="of these steps (default: 2e-4)")
-    add(
-        "--from_scratch",
-        type=positive,
-        nargs="?",
-        const=2e-3,
-        metavar="RATE",
-        help="also train the same adapter from zero for as long as fit and training took, at this learning rate "
-        "(default: 2e-3, the better of 2e-3 and 5e-3 in recipes/bench/quickstart_rates.yaml)",
-    )
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--evaluate", action="store_true", help="score base, tuned model and adapter on --task")
-    add("--limit", type=at_least(1), help="documents to score them on (default: all)")
+    run_module(sys.modules[__name__], args)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -98,27 +98,6 @@ class PairSource(BaseSource):
         return _load(self.tuned, {"dtype": self.model_kwargs["dtype"]})
 
 
-def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that [`find_base`] reads."""
-    add = parser.add_argument_group("models").add_argument
-    add("--base", required=True, metavar="DIR_OR_ID", help="a causal language model")
-    add("--dtype", choices=DTYPES, default="float32", help="of both models (default: float32)")
-    add("--load_in_4bit", action="store_true", help="quantize the base, also below an adapter, to nf4")
-    add("--load_in_8bit", action="store_true", help="quantize the base, also below an adapter, to int8")
-
-
-def add_pair_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The flags that [`find_pair`] reads; without `required`, `--tuned` may be left out."""
-    add_base_arguments(parser)
-    optional = "" if required else " (optional)"
-    parser.add_argument(
-        "--tuned",
-        required=required,
-        metavar="DIR_OR_ID",
-        help=f"the same model fine-tuned, or a PEFT adapter of it{optional}",
-    )
-
-
 def find_base(args: argparse.Namespace) -> BaseSource:
     """Finds `--base`. Only its configuration and its tokenizer are read.
 

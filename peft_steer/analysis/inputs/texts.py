@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from peft_steer import needs_prompts
 from peft_steer.evaluation import tasks
 from peft_steer.evaluation.datasets import encode, sft_dataset
-from peft_steer.utils.arguments import at_least
 from peft_steer.utils.devices import default_device
 from peft_steer.utils.errors import UsageError, usage_errors
 
@@ -113,35 +112,11 @@ class Texts:
         return Batch(*(x.to(self.device) for x in tensors))
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
-    """Adds the flags that [`load_texts`] reads; without `held_out`, for an analysis that holds no texts out."""
-    add = parser.add_argument_group("text").add_argument
-    add("--task", metavar="NAME", help="an lm-eval task: prompts and answers of its training split")
-    add("--include_path", metavar="DIR", help="a folder with more lm-eval tasks")
-    add("--num_fewshot", type=at_least(0), help="examples in a prompt, instead of the task's own number")
-    add(
-        "--dataset",
-        metavar="FILE_OR_ID",
-        help="a file of text, or a .json, .jsonl, .csv or .parquet file or a data set of the hub with a column "
-        "`text`, or `prompt` and `completion`",
-    )
-    add("--dataset_config", metavar="NAME", help="the data set's configuration")
-    add("--split", metavar="NAME", help="the data set's split (default: train)")
-    add("--num_texts", type=at_least(1), default=256, help="at most this many texts (default: 256)")
-    if held_out:
-        add("--held_out", type=at_least(1), default=64, help="further texts, to measure on (default: 64)")
-    else:
-        parser.set_defaults(held_out=None)
-    add("--batch_size", type=at_least(1), default=8, help="texts at a time (default: 8)")
-    add("--max_length", type=at_least(2), default=512, help="tokens of a text; the rest is cut off (default: 512)")
-    add("--seed", type=at_least(0), default=0, help="for the choice of texts (default: 0)")
-
-
 def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, Texts]:
     """Texts to compute from, and others to measure on, drawn by `--seed`.
 
     Args:
-        args: The flags of [`add_text_arguments`].
+        args: The flags of `peft_steer_cli.inputs.add_text_arguments`.
         tokenizer: With a padding token.
 
     Raises:

@@ -37,7 +37,7 @@ def make(
     )
 
 
-def figures(trainer: SFTTrainer) -> dict[str, Any]:
+def figures(trainer: Any) -> dict[str, Any]:
     """What only this trainer can tell after training."""
     n_rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
     rows = [trainer.train_dataset[i] for i in range(n_rows)]

@@ -1,9 +1,11 @@
-"""Types of command-line arguments, for argparse: a value that cannot be used is refused with the flag's name."""
+"""Types of arguments: argparse refuses a value that cannot be used, with the name of the flag."""
 
+import json
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
@@ -53,6 +55,34 @@ def writable_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise ArgumentTypeError(f"there is no directory {str(path.parent)!r} for {text!r}")
     return path
+
+
+def folder(text: str) -> Path:
+    """A folder that exists."""
+    path = Path(text)
+    if not path.is_dir():
+        raise ArgumentTypeError(f"there is no folder {text!r}")
+    return path
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def with_underscores(words: list[str]) -> list[str]:
+    """`--train-steps=4` as `--train_steps=4`, as TRL's flags; words that are not flags as they are."""
+    parts = [word.partition("=") for word in words]
+    return [
+        "--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else flag + equals + value
+        for flag, equals, value in parts
+    ]
 
 
 def _finite(text: str) -> float:
