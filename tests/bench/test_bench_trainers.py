@@ -17,10 +17,11 @@ from trainer_cells import GRPO, grpo_cell, some_cells
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer.bench.engines import make_engine
-from peft_steer.bench.run import grpo, training
+from peft_steer.bench.run import training
 from peft_steer.bench.run.cell import Runner
 from peft_steer.bench.run.divergence import divergence
 from peft_steer.bench.run.prompts import task_of
+from peft_steer.bench.run.trainers import grpo
 from peft_steer.bench.scheduler import run_cells
 from peft_steer.bench.store import Store
 from peft_steer.evaluation import tasks

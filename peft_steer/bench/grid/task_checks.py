@@ -30,7 +30,7 @@ def check_tasks(grid: Grid, loaded: dict[str, Any]) -> None:
 
 def _check(task: Task, loaded: Any, trainers: set[str], kl_prompts: int) -> None:
     if "grpo" in trainers:
-        from ..run.grpo import rewards  # slow imports
+        from ..run.trainers.grpo import rewards  # slow imports
 
         docs_of(loaded, "train", ("generate_until",))
         rewards(list(task.rewards), loaded, bool(task.prompt.get("apply_chat_template")))

@@ -13,9 +13,9 @@ from peft_steer.utils.devices import has_accelerator
 
 from ..grid.plan import FULL, STEER_RATE, Cell, peft_fields
 from ..store import save_training
-from . import dpo, grpo, sft
 from .memory import ReservedMemory, peak_bytes, reset_peak
 from .optimizer import OptimizerCost
+from .trainers import dpo, grpo, sft
 
 
 _TRAINERS = {"sft": sft, "grpo": grpo, "dpo": dpo}

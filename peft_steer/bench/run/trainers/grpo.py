@@ -11,8 +11,8 @@ from peft_steer.evaluation.datasets import grpo_dataset
 from peft_steer.train.grpo import check_rollouts, reward
 from peft_steer.utils.devices import has_accelerator
 
-from ..grid.plan import Cell
-from .prompts import chat_of
+from ...grid.plan import Cell
+from ..prompts import chat_of
 
 
 CURVES = {

@@ -9,8 +9,8 @@ from trl import SFTConfig, SFTTrainer
 from peft_steer.cost import saved_bytes
 from peft_steer.evaluation.datasets import sft_dataset, tokenize
 
-from ..grid.plan import Cell
-from .prompts import chat_of
+from ...grid.plan import Cell
+from ..prompts import chat_of
 
 
 CURVES: dict[str, str] = {}
