@@ -8,24 +8,27 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint peft-suite browser clean
+.PHONY: demo test lint peft-suite gpu-check browser clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
-test: lint browser
+# Says at the end what it skips, and why.
+test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-# For the tests of the HTML report, which are skipped without it. Debian's, where we may install it.
+# Chromium for the tests of the HTML report (`pytest -m browser`), which are skipped without it. Debian's, as root.
 browser:
-	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver \
-		|| echo "No browser could be installed: the tests of the HTML page will be skipped."; \
-	fi
+	command -v chromedriver >/dev/null || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
 # PEFT's own tests with our configurations; ARGS="--method joint" for the joint ones in LoRA's place.
 peft-suite: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers parameterized
 	$(BIN)/python tests/peft_suite/run.py -n auto $(ARGS)
+
+# One table about this machine's accelerator, without a connection; ARGS="--only cost" for a part. On a CPU a small shape.
+gpu-check: $(READY)
+	$(BIN)/python recipes/gpu_check.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -63,9 +63,11 @@ def command(monkeypatch):
     import lm_eval.tasks
 
     from peft_steer.commands import lm_eval as harness
+    from peft_steer.commands import shell
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", None)  # put back afterwards
     monkeypatch.setattr(harness, "_TaskManager", partial(harness._TaskManager, include_defaults=False))
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # which asks pip for all packages
-    return lambda *arguments: harness.main(list(map(str, arguments)))
+    target = "peft_steer.commands.lm_eval:main"
+    return lambda *arguments: shell.run("peft-steer lm-eval", target, list(map(str, arguments)))

@@ -3,12 +3,12 @@
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import datasets
 
 
-OPERATORS = {
+OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "max": max,
     "min": min,
     # The lower-rounded mean of the two middle values when their number is even, as in the original.
@@ -34,7 +34,7 @@ def load(
 ) -> datasets.DatasetDict:
     """Builds the three splits. lm-eval passes the task's `metadata`, which `--metadata '{"max_depth": 3}'` overrides.
 
-    An expression's own hash decides its split, so no expression is ever in two of them, whatever the sizes.
+    An expression's own hash decides its split, so no expression is in two of them, for any sizes.
 
     Args:
         max_depth: Operators that may be nested in each other; 1 is a flat list.

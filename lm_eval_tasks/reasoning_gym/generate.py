@@ -23,7 +23,7 @@ def load(
 ) -> datasets.DatasetDict:
     """Builds the three splits. lm-eval passes the task's `metadata`, which `--metadata '{"n_test": 50}'` overrides.
 
-    A question's own hash decides its split, so no question is ever in two of them, whatever the sizes.
+    A question's own hash decides its split, so no question is in two of them, for any sizes.
 
     Args:
         dataset: reasoning-gym's name, such as `gsm_symbolic`.
@@ -73,7 +73,7 @@ def _split(question: str) -> str:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The data set's verifier: `acc`, 1 for a right answer; `score`, with whatever it gives for a nearly right one."""
+    """The data set's verifier: `acc`, 1 for a right answer; `score`, which may be partial for a nearly right one."""
     entry = json.loads(doc["entry"])
     score = float(reasoning_gym.get_score_answer_fn(entry["metadata"]["source_dataset"])(results[0].strip(), entry))
     return {"acc": float(score >= 1), "score": score}

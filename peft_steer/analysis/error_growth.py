@@ -3,17 +3,16 @@
     peft-steer analyze errors --base MODEL --task listops_short --output DIR
     peft-steer analyze errors --base MODEL --tuned MODEL_OR_ADAPTER --task listops_short --output DIR
 
-"typical" is the gain of a random error, the same relative size at every token, and "largest" that of the worst, by
-power iteration; both by exact JVPs through the blocks that follow, to the last hidden state (arXiv 2603.00425, on the
-control of errors). "gain_rank" is in proportion to the typical gain. With a tuned model, "energy" is what its blocks
-have to add to the base's, relative to their outputs, root mean square, and "energy_rank" leaves out the least of it,
-weighed by the gains. Both cost as many parameters as the uniform rank `--r`. The last lines are a `rank_pattern` for
-`PostBlockSteerConfig`. The weights of a quantized base are dequantized for the gains (exact for 4 bits; 8-bit bases
-also round activations, which is left out).
+"typical" is the gain of a random error of the same relative size at every token, and "largest" that of the worst
+error, by power iteration; both by exact JVPs through the blocks that follow, to the last hidden state (arXiv
+2603.00425, on the control of errors). "gain_rank" is in proportion to the typical gain. With a tuned model, "energy"
+is what its blocks have to add to the base's, relative to their outputs (root mean square), and "energy_rank" leaves
+out the least of it, weighted by the gains. Both cost as many parameters as the uniform rank `--r`. The last lines
+printed are a `rank_pattern` for `PostBlockSteerConfig`. A quantized base is dequantized for the gains (which is exact
+for 4 bits; 8-bit bases also round activations, and that is ignored).
 """
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -21,46 +20,36 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
+from peft_steer.utils.errors import UsageError
+
 from .capture.terms import Terms
-from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_base, find_pair
-from .inputs.texts import Texts, add_text_arguments, load_texts
+from .inputs.pairs import Pair, PairSource, blocks_of, find_base, find_pair
+from .inputs.texts import Texts, load_texts
 from .maths import allocation
 from .maths.jacobian import Tail, gains
-from .maths.moments import Moments, say_if_singular
+from .maths.moments import Moments, warn_if_singular
 from .output import facts_of, write_figure, write_table
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser, required=False)
-    add_text_arguments(parser, held_out=False)
-    add = parser.add_argument
-    add("--probes", type=int, default=4, help="so many of the texts get errors (default: 4)")
-    add("--iterations", type=int, default=4, help="of the power iteration (default: 4)")
-    add("--r", type=int, default=8, help="the uniform rank to compare with (default: 8)")
-    add("--output", "-o", type=Path, required=True, metavar="DIR", help="table and figure")
-
-
 def run(args: argparse.Namespace) -> None:
-    for name in ("probes", "iterations", "r"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least 1")
     source = find_base(args) if args.tuned is None else find_pair(args)
     width = AutoConfig.from_pretrained(source.base).get_text_config().hidden_size
     if args.r > width:
-        raise ValueError(f"--r is {args.r}, more than the hidden size {width}")
+        raise UsageError(f"--r is {args.r}, more than the hidden size {width}")
     texts, _ = load_texts(args, source.tokenizer)
     if args.probes > len(texts.rows):
-        raise ValueError(f"--probes is {args.probes}, and there are {len(texts.rows)} texts")
-    pair = None if args.tuned is None else source.load()
+        raise UsageError(f"--probes is {args.probes}, but there are {len(texts.rows)} texts")
+    pair = source.load() if isinstance(source, PairSource) else None
     base = source.load_base() if pair is None else pair.base
     spectra = None if pair is None else own_changes(pair, texts)
     if args.load_in_4bit or args.load_in_8bit:
-        base = base.dequantize().requires_grad_(False)  # bitsandbytes' kernels have no derivative in forward mode
+        base = base.dequantize().requires_grad_(False)  # bitsandbytes' kernels have no forward-mode derivative
     table = measure(base, texts, args.probes, args.iterations, args.seed)
-    table["gain_rank"] = allocation.by_gain(table["typical"], args.r, width)
+    typical = table["typical"].tolist()
+    table["gain_rank"] = allocation.by_gain(typical, args.r, width)
     if spectra is not None:
         table["energy"] = [values.sum().item() ** 0.5 for values in spectra]
-        table["energy_rank"] = allocation.by_energy(table["typical"], spectra, args.r)
+        table["energy_rank"] = allocation.by_energy(typical, spectra, args.r)
     ranks = table["gain_rank"] if spectra is None else table["energy_rank"]
     pattern = {block.name: int(rank) for block, rank in zip(blocks_of(base), ranks, strict=True)}
     write_table(args.output, "errors", table, **facts_of(args), rank_pattern=pattern)
@@ -70,36 +59,42 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(model: PreTrainedModel, texts: Texts, probes: int, iterations: int, seed: int) -> pd.DataFrame:
-    """One row a block: `largest`, the largest gain of any of the `probes` texts, and `typical`, the root mean square
-    over them.
+    """A row for each block: `largest`, the largest gain in any of the `probes` texts, and `typical`, the root mean
+    square over them.
 
     Raises:
-        ValueError: If a part of the model has no derivative in forward mode (Bloom's activation).
+        UsageError: If a part of the model has no derivative in forward mode (Bloom's activation).
     """
-    model.set_experts_implementation("eager")  # the grouped product of a mixture of experts has no such derivative
+    model.set_experts_implementation("eager")  # a mixture of experts' grouped product has no such derivative
     step = max(1, len(texts.rows) // probes)
     texts = Texts(texts.rows[::step][:probes], texts.batch_size, texts.pad, texts.device)
     generator = torch.Generator().manual_seed(seed)
     blocks = blocks_of(model)
-    found: list[list[torch.Tensor]] = [[] for _ in blocks]
+    measured: list[list[torch.Tensor]] = [[] for _ in blocks]  # (largest, typical) of each batch, by block
     with tqdm(total=len(texts) * len(blocks), desc="Errors", unit="block") as bar:
         for batch in texts:
             tail = Tail(model.get_decoder(), blocks, batch.inputs(model))
             for i in range(len(blocks)):
-                found[i].append(torch.stack(gains(tail, i, batch.tokens, iterations, generator)).cpu())
+                measured[i].append(torch.stack(gains(tail, i, batch.tokens, iterations, generator)).cpu())
                 bar.update()
-    both = [torch.cat(each, dim=1) for each in found]
-    return pd.DataFrame(
-        {"block": i, "typical": typical.square().mean().sqrt().item(), "largest": largest.max().item()}
-        for i, (largest, typical) in enumerate(both)
-    )
+    rows = []
+    for i, batches in enumerate(measured):
+        largest, typical = torch.cat(batches, dim=1)
+        rows.append({"block": i, "typical": typical.square().mean().sqrt().item(), "largest": largest.max().item()})
+    return pd.DataFrame(rows)
 
 
 @torch.no_grad()
 def own_changes(pair: Pair, texts: Texts) -> list[torch.Tensor]:
-    """For every block the spectrum, `(d,)`, descending, of the second moment of what it has to add: the difference
-    between the tuned block's output and the base's where both read the base's input, relative to the norm of the
-    base's output."""
+    """What each block has to add: the difference between the tuned block's output and the base's where both read the
+    base's input, relative to the norm of the base's output.
+
+    Returns:
+        The spectrum of its second moment for each block, `(d,)`, descending.
+
+    Raises:
+        UsageError: If no block changes anything.
+    """
     before, after = Terms(blocks_of(pair.base)), Terms(blocks_of(pair.tuned))
     moments: list[Moments] = []
     for batch in texts.batches("Spectra"):
@@ -112,9 +107,9 @@ def own_changes(pair: Pair, texts: Texts) -> list[torch.Tensor]:
             if i == len(moments):
                 moments.append(Moments(h.shape[-1], h.device))
             moments[i].add((target - h) / h.norm(dim=-1, keepdim=True))
-    say_if_singular(moments[-1], "what each block has to add")
+    warn_if_singular(moments[-1], "what each block has to add")
     if not any(each.square.any() for each in moments):
-        raise ValueError("the tuned model does on this text what the base does: no block has anything to add")
+        raise UsageError("on this text the tuned model does what the base does: no block has anything to add")
     return [torch.linalg.eigvalsh(each.square / each.n).flip(0).clamp(min=0).cpu() for each in moments]
 
 
@@ -128,7 +123,7 @@ def figure(table: pd.DataFrame, r: int) -> Figure:
     left.set_yscale("log")
     left.set_ylabel("gain of a relative error")
     left.legend(frameon=False)
-    labels = {"gain_rank": "by gain", "energy_rank": "by gain and what is to be added"}
+    labels = {"gain_rank": "by gain", "energy_rank": "by gain and energy"}
     for name, label in labels.items():
         if name in table:
             right.step(table["block"], table[name], where="mid", label=label)

@@ -1,61 +1,51 @@
-"""The two halves of a joint adapter: whether they work in the same directions, and what each does alone.
+"""The two halves of a joint adapter: whether they work in the same directions, and what each scores alone.
 
     peft-steer analyze joint --base MODEL --adapter DIR --task listops_short --output DIR
 
-In every steered block: the overlap of the directions that LoRA writes through the linear layer that ends the MLP (the
-columns of its `lora_B`) with those that steering reads (the rows of `W_down`) and writes (the columns of `W_up`); and
-of what steering reads with what it writes. An overlap is the mean squared cosine of the principal angles between two
-subspaces, 1 where the smaller lies in the larger, 0 where they are orthogonal; "chance" is that of random subspaces of
-these dimensions, "chance_steering" of steering's two. (arXiv 2603.00425, joint adaptation, keeps the first at 0.)
-"size" is the norm of the product that each half writes with, `scaling * B A` and `W_up W_down`. Then the task's score
-with LoRA alone, steering alone, both and neither, on the split that it is evaluated on.
+In every steered block: the overlap of the directions that LoRA writes through the MLP's last linear layer (the columns
+of its `lora_B`) with those that steering reads (the rows of `W_down`) and writes (the columns of `W_up`), and of those
+that steering reads with those that it writes. An overlap is the mean squared cosine of the principal angles between
+two subspaces: 1 if the smaller lies in the larger, 0 if they are orthogonal. "chance" is that of random subspaces of
+these dimensions, "chance_steering" that of steering's two. (arXiv 2603.00425, joint adaptation, keeps the first at 0.)
+"size" is the norm of each half's product, `scaling * B A` and `scale * W_up W_down`. Then the task's score with LoRA
+alone, steering alone, both and neither, on the split that the task is evaluated on.
 """
 
 import argparse
-from pathlib import Path
+from contextlib import AbstractContextManager
+from typing import cast
 
 import pandas as pd
 import torch
 from lm_eval.api.task import ConfigurableTask
 from matplotlib.figure import Figure
-from peft import PeftModel
+from peft import PeftModel, PeftType
 
-from peft_steer import JointSteerLoraConfig
+from peft_steer import JointSteerLoraConfig, JointSteerLoraModel
 from peft_steer.evaluation import tasks
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
 from peft_steer.tuners.joint.layer import JointSteerLayer
 from peft_steer.tuners.joint.projection import JointLowRank
+from peft_steer.utils.errors import UsageError, usage_errors
 
-from .inputs.pairs import add_base_arguments, check_adapter, find_base, read_adapter_config
+from .inputs.adapters import check_adapter, read_adapter_config
+from .inputs.pairs import find_base
 from .output import facts_of, write_figure, write_table
 
 
 HALVES = ("neither", "lora", "steer", "both")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_base_arguments(parser)
-    add = parser.add_argument
-    add("--adapter", required=True, metavar="DIR_OR_ID", help="a joint adapter of the base")
-    add("--task", required=True, metavar="NAME", help="an lm-eval task")
-    add("--include_path", metavar="DIR", help="a folder with more lm-eval tasks")
-    add("--num_fewshot", type=int, help="examples in a prompt, instead of the task's own number")
-    add("--limit", type=int, help="at most so many documents (default: all)")
-    add("--batch_size", type=int, default=8, help="documents at a time (default: 8)")
-    add("--output", "-o", type=Path, required=True, metavar="DIR", help="tables and figure")
-
-
 def run(args: argparse.Namespace) -> None:
-    for name in ("limit", "batch_size"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise ValueError(f"--{name} is {number}, it must be at least 1")
     source = find_base(args)
     config = read_adapter_config(args.adapter, "--adapter")
     if not isinstance(config, JointSteerLoraConfig):
-        raise ValueError(f"--adapter: {args.adapter!r} is a {config.peft_type.value} adapter, not a joint one")
+        kind = PeftType(config.peft_type).value
+        raise UsageError(f"--adapter: {args.adapter!r} is a {kind} adapter, not a joint one")
     check_adapter(source.base, args.base, args.adapter, "--adapter")
-    task, _ = tasks.load_task(args.task, args.include_path, args.num_fewshot)
+    with usage_errors():
+        task, _ = tasks.load_task(args.task, args.include_path, args.num_fewshot)
     model = source.load_adapter(args.adapter)
     table = overlaps(model)
     facts = facts_of(args)
@@ -73,10 +63,10 @@ def run(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def overlaps(model: PeftModel, adapter_name: str = "default") -> pd.DataFrame:
-    """One row for every block whose MLP ends in a linear layer with LoRA and that a low-rank edit steers.
+    """A row for each block that a low-rank edit steers and whose MLP ends in a linear layer with LoRA.
 
     Raises:
-        ValueError: If there is no such block.
+        UsageError: If there is no such block.
     """
     rows = []
     for name, layer in model.get_base_model().named_modules():
@@ -91,9 +81,9 @@ def overlaps(model: PeftModel, adapter_name: str = "default") -> pd.DataFrame:
         rows.append(
             {
                 "block": name.removesuffix(".steering"),
-                "lora_steering_reads": overlap(B, reads),
-                "lora_steering_writes": overlap(B, writes),
-                "steering_reads_writes": overlap(reads, writes),
+                "lora_steering_reads": subspace_overlap(B, reads),
+                "lora_steering_writes": subspace_overlap(B, writes),
+                "steering_reads_writes": subspace_overlap(reads, writes),
                 "chance": max(B.shape[1], reads.shape[1]) / len(B),
                 "chance_steering": reads.shape[1] / len(B),
                 "size_lora": (B @ A).norm().item() * lora.scaling[adapter_name],
@@ -101,13 +91,13 @@ def overlaps(model: PeftModel, adapter_name: str = "default") -> pd.DataFrame:
             }
         )
     if not rows:
-        raise ValueError(
+        raise UsageError(
             "--adapter: no block is steered by a low-rank edit and has LoRA at the linear layer that ends its MLP"
         )
     return pd.DataFrame(rows)
 
 
-def overlap(X: torch.Tensor, Y: torch.Tensor) -> float:
+def subspace_overlap(X: torch.Tensor, Y: torch.Tensor) -> float:
     """Mean squared cosine of the principal angles between the column spaces of `X` and `Y`, `(d, r)` each; NaN if one
     of them is zero."""
     first, second = (_basis(x) for x in (X, Y))
@@ -122,10 +112,13 @@ def _basis(X: torch.Tensor) -> torch.Tensor:
 
 def _score(harness: PeftSteerLM, model: PeftModel, halves: str, task: ConfigurableTask, limit: int | None) -> dict:
     """The task's score with these halves of the adapter."""
-    context = model.disable_adapter() if halves == "neither" else model.base_model.set_halves(halves)
+    if halves == "neither":
+        context: AbstractContextManager = model.disable_adapter()
+    else:
+        context = cast(JointSteerLoraModel, model.base_model).set_halves(halves)
     with context:
-        found = score(harness, task, limit)
-    return {key: found[key] for key in ("metric", "score", "stderr", "n")}
+        result = score(harness, task, limit)
+    return {key: result[key] for key in ("metric", "score", "stderr", "n")}
 
 
 def figure(table: pd.DataFrame, scores: pd.DataFrame) -> Figure:

@@ -4,15 +4,14 @@
     peft-steer analyze linear ... --compare LOREFT_DIR POST_BLOCK_DIR
 
 The maps are the paper's linearized oracle (arXiv 2603.00425): fitted in closed form to `dh = h_tuned - h_base` along
-the tuned model's own stream, all blocks in one pass. "error" is `sqrt(E w |dh - fit|^2 / E w |dh|^2)` at
-each block, which the fit makes least, with the weight `w = 1 / |h|^2` of a token: the few tokens with enormous
-activations count no more than others.
-"kl" is that of the base steered by the maps at every block, on held-out text and along what the tuned model generates.
-The moments take 32 d^2 bytes a block.
+the tuned model's own stream, all blocks in one pass. The fit minimizes "error", `sqrt(E w |dh - fit|^2 / E w |dh|^2)`
+at each block, where the weight `w = 1 / |h|^2` keeps the few tokens with enormous activations from counting more than
+others. "kl" is that of the base steered by the maps at every block, on held-out text and along what the tuned model
+generates. The moments take 32 d^2 bytes a block.
 
-An adapter to compare with was trained for something else than to be near this tuned model, and perhaps on the text
-that is held out here (which is of the task's training split). How far apart two trainings for one task are at all says
-a second adapter of the tuned model's own recipe, trained with another seed: compare with that, too.
+An adapter to compare with was not trained to be near this tuned model, and perhaps on the text that is held out here
+(which is from the task's training split). To see how far apart two trainings for one task are anyway, also compare
+with an adapter trained by the tuned model's own recipe with another seed.
 """
 
 import argparse
@@ -24,14 +23,16 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 from transformers import AutoConfig
+
+from peft_steer.utils.errors import UsageError
 
 from .capture.generation import continuations
 from .capture.steering import Place, edited, record
 from .distill.students import size_of
-from .inputs.pairs import Pair, PairSource, add_pair_arguments, check_adapter, find_pair
-from .inputs.texts import Texts, add_text_arguments, load_texts
+from .inputs.adapters import check_adapter
+from .inputs.pairs import Model, Pair, PairSource, find_pair
+from .inputs.texts import Texts, load_texts
 from .maths.distance import Distance
 from .maths.regression import LowRankMap, PairMoments, RankedMaps, fit
 from .output import facts_of, write_figure, write_table
@@ -40,27 +41,11 @@ from .output import facts_of, write_figure, write_table
 BLOCK = ("block",)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser)
-    add_text_arguments(parser)
-    parser.set_defaults(num_texts=2048)
-    add = parser.add_argument
-    add("--output", "-o", type=Path, required=True, metavar="DIR", help="tables and figures")
-    add("--ranks", type=int, nargs="+", default=[1, 8, 64], help="of the maps (default: 1 8 64)")
-    add("--ridge", type=float, default=0.0, help="of the regression, relative to the moments' diagonal (default: 0)")
-    add("--compare", nargs="+", default=[], metavar="ADAPTER", help="adapters of the base to measure beside the maps")
-    add("--new_tokens", type=int, default=16, help="to generate after each prompt (default: 16)")
-
-
 def run(args: argparse.Namespace) -> None:
-    if args.ridge < 0:
-        raise ValueError(f"--ridge is {args.ridge}, it must be at least 0")
-    if args.new_tokens < 1:
-        raise ValueError(f"--new_tokens is {args.new_tokens}, it must be at least 1")
     source = find_pair(args)
     width = AutoConfig.from_pretrained(source.base).get_text_config().hidden_size
-    if not all(1 <= r <= width for r in args.ranks):
-        raise ValueError(f"--ranks: {args.ranks} must lie between 1 and the hidden size {width}")
+    if max(args.ranks) > width:
+        raise UsageError(f"--ranks: {max(args.ranks)} is more than the hidden size {width}")
     for adapter in args.compare:
         check_adapter(source.base, args.base, adapter, "--compare")
     texts, held_out = load_texts(args, source.tokenizer)
@@ -103,30 +88,36 @@ def _rows(
 def fit_maps(
     pair: Pair, texts: Texts, held_out: Texts, ranks: list[int], ridge: float = 0.0
 ) -> tuple[dict[str, dict[int, RankedMaps]], pd.DataFrame]:
-    """The best maps of every block that fine-tuning changes, `"linear"` and `"affine"`, by the block's index; and
-    their errors at `ranks`."""
-    fitted, unseen = (_moments(pair, text) for text in (texts, held_out))
+    """Fits the best maps of every block that fine-tuning changes.
+
+    Returns:
+        Of each kind, `"linear"` and `"affine"`, the maps by the block's index; and a table of their errors at `ranks`.
+
+    Raises:
+        UsageError: If the tuned model does what the base does.
+    """
+    moments, unseen = (_moments(pair, text) for text in (texts, held_out))
     maps: dict[str, dict[int, RankedMaps]] = {"linear": {}, "affine": {}}
     rows = []
-    for index in sorted(fitted):
-        both = (moments := fitted.pop(index)), unseen.pop(index)
-        if not moments.yy:
+    for index in sorted(moments):
+        both = moments.pop(index), unseen.pop(index)  # (their memory is freed block by block)
+        if not both[0].yy:
             continue
         for kind, ranked in maps.items():
-            found = fit(moments, kind == "affine", ridge, f"block {index}")
-            seen, new = ((found.residuals(each) / (each.yy / each.weight)).sqrt() for each in both)
-            ranked[index] = found.up_to(max(ranks))
+            fitted_maps = fit(both[0], kind == "affine", ridge, f"block {index}")
+            seen, new = ((fitted_maps.residuals(each) / (each.yy / each.weight)).sqrt() for each in both)
+            ranked[index] = fitted_maps.up_to(max(ranks))
             rows += [
                 {"block": index, "kind": kind, "r": r, "error": seen[r].item(), "error_held_out": new[r].item()}
                 for r in ranks
             ]
     if not rows:
-        raise ValueError("the tuned model does on this text what the base does: there is nothing to fit")
+        raise UsageError("on this text the tuned model does what the base does: there is nothing to fit")
     return maps, pd.DataFrame(rows)
 
 
 def _moments(pair: Pair, texts: Texts) -> dict[int, PairMoments]:
-    """Of `(h, dh)` at each block's output, on the stream that the oracle steers: the tuned model's."""
+    """Moments of `(h, dh)` at each block's output along the stream that the oracle steers, the tuned model's."""
     moments: dict[int, PairMoments] = {}
     for batch in texts.batches("Moments"):
         keep = batch.tokens.flatten()
@@ -151,11 +142,11 @@ def _measured(
     held_out: Texts,
     generated: Texts,
     steering: dict[int, LowRankMap] | None = None,
-    model: nn.Module | None = None,
+    model: Model | None = None,
 ) -> dict[str, float]:
     """Distances from the tuned model of `model`, by default the base, with maps added at its blocks' outputs."""
-    model = pair.base if model is None else model
-    found = {}
+    model, steering = model or pair.base, steering or {}
+    row: dict[str, float] = {}
     for suffix, texts in (("", held_out), ("_generated", generated)):
         distance = Distance()
         for batch in texts.batches("Measuring"):
@@ -164,9 +155,9 @@ def _measured(
                 distance.add(batch, reference, model(**batch.inputs(model)).logits)
         summary = distance.summary()
         if not suffix:
-            found |= {name: summary[name] for name in ("kl", "agreement")}
-        found |= {f"{name}{suffix or '_answer'}": summary[f"{name}_answer"] for name in ("kl", "agreement")}
-    return found
+            row |= {name: summary[name] for name in ("kl", "agreement")}
+        row |= {f"{name}{suffix or '_answer'}": summary[f"{name}_answer"] for name in ("kl", "agreement")}
+    return row
 
 
 def _delta(steering: dict[int, LowRankMap], place: Place, h: torch.Tensor) -> torch.Tensor:

@@ -3,32 +3,32 @@
     peft-steer analyze oracle --base MODEL --tuned MODEL_OR_ADAPTER --task listops_short --output DIR
 
 This is the paper's oracle (arXiv 2603.00425): the site's output becomes the tuned model's. "block" reaches the tuned
-model but for its final norm and head, "attention" and "mlp" what fine-tuning does at that site. (That is no bound on
-steering there: another `dh` after the MLP could also make up for what the attention changed, if what it reads, the
-MLP's output, told it.) "kl" is KL(tuned || steered base) in nats a token, "agreement" how often both have the same
-first choice, "_answer" at answers alone; "final_error" the distance of the last block's output from the tuned model's,
-relative to the base's. The spectra, of the vectors `dh` added in each block: "rms" and "relative" to that of `h`;
-"constant", the share of `E |dh|^2` in the mean; "effective_rank", exp of the entropy of the covariance's eigenvalues;
-"participation", `(sum l)^2 / sum l^2` of them; "energy_r", the share of the first r. The moments they are computed
-from take 8 d^2 bytes for each block and site.
+model except for its final norm and head, "attention" and "mlp" reach what fine-tuning does at that site. (That does
+not bound steering there: another `dh` after the MLP could also make up for what the attention changed, as far as the
+MLP's output shows that.) "kl" is KL(tuned || steered base) in nats a token, "agreement" how often both have the
+same first choice, "_answer" marks the answers alone; "final_error" is the distance of the last block's output from the
+tuned model's, relative to the base's.
+
+The spectra are of the vectors `dh` added in each block: "rms", also "relative" to that of `h`; "constant", the share
+of `E |dh|^2` in the mean; "effective_rank", exp of the entropy of the covariance's eigenvalues `l`; "participation",
+`(sum l)^2 / sum l^2`; "energy_r", the share of the first r. Their moments take 8 d^2 bytes for each block and site.
 """
 
 import argparse
-from collections import defaultdict
-from pathlib import Path
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from peft_steer import needs_prompts
+from peft_steer.utils.errors import UsageError
 
 from .capture.generation import continuations
 from .capture.steering import Place, edited, oracle, record
-from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_pair
-from .inputs.texts import Batch, Texts, add_text_arguments, load_texts
+from .inputs.pairs import Pair, blocks_of, find_pair
+from .inputs.texts import Batch, Texts, load_texts
 from .maths.distance import Distance
-from .maths.moments import Moments, say_if_singular, spectrum
+from .maths.moments import Moments, spectrum, warn_if_singular
 from .output import facts_of, write_figure, write_table
 
 
@@ -37,16 +37,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 UNSTEERED = "block, unsteered"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser)
-    add_text_arguments(parser)
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="tables and figures")
-    parser.add_argument("--new_tokens", type=int, default=16, help="to generate after each prompt (default: 16)")
-
-
 def run(args: argparse.Namespace) -> None:
-    if args.new_tokens < 1:
-        raise ValueError(f"--new_tokens is {args.new_tokens}, it must be at least 1")
     source = find_pair(args)
     texts, held_out = load_texts(args, source.tokenizer)
     pair = source.load()
@@ -59,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     print(distances.to_markdown(index=False, floatfmt=".3g"))
     print(f"Spectra and figures: {args.output}")
     if needs_prompts(pair.tuned):
-        print("Generations are not compared: nothing would tell the tuned model's adapter where a prompt ends.")
+        print("Generations are not compared: the tuned model's adapter would not know where a prompt ends.")
         return
     same = same_generations(pair, held_out, args.new_tokens)
     write_table(args.output, "oracle", distances, **facts, same_generations=same)
@@ -74,12 +65,15 @@ def measure(pair: Pair, texts: Texts) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Distances of the steered base from the tuned model, by site; spectra of the vectors added, by site and block.
 
     The spectra of `UNSTEERED` are of the differences between the two models as they are, which build up over the
-    blocks; those of `"block"` are what each block adds to them.
+    blocks; those of `"block"` are of what each block adds to them.
+
+    Raises:
+        UsageError: If the tuned model does what the base does.
     """
     last = ("block", len(blocks_of(pair.base)) - 1)
     distances = {name: Distance() for name in ("none", *SITES)}
     missed = dict.fromkeys(distances, 0.0)
-    vectors: dict[Place, _Vectors] = defaultdict(_Vectors)
+    vectors: dict[Place, _Vectors] = {}
     for batch in texts.batches("Oracle"):
         with record(pair.tuned, ("attention", "mlp", "block")) as targets:
             reference = pair.tuned(**batch.inputs(pair.tuned)).logits
@@ -90,7 +84,7 @@ def measure(pair: Pair, texts: Texts) -> tuple[pd.DataFrame, pd.DataFrame]:
             ) -> torch.Tensor:
                 dh = targets[place] - h
                 if alone:
-                    vectors[place].add(batch, h, dh)
+                    _add(vectors, place, batch, h, dh)
                 return dh
 
             with edited(pair.base, sites, delta), record(pair.base, ("block",)) as states:
@@ -98,37 +92,42 @@ def measure(pair: Pair, texts: Texts) -> tuple[pd.DataFrame, pd.DataFrame]:
             missed[name] += (targets[last] - states[last])[batch.tokens].double().square().sum().item()
             if name == "none":
                 for (_, i), h in states.items():
-                    vectors[UNSTEERED, i].add(batch, h, targets["block", i] - h)
+                    _add(vectors, (UNSTEERED, i), batch, h, targets["block", i] - h)
     if not missed["none"]:
-        raise ValueError("the tuned model does on this text what the base does: there is nothing to steer by")
-    say_if_singular(vectors[last].moments, "each dh")
+        raise UsageError("on this text the tuned model does what the base does: there is nothing to steer by")
+    warn_if_singular(vectors[last].moments, "each dh")
     rows = [
         {"site": name, **distances[name].summary(), "final_error": (missed[name] / missed["none"]) ** 0.5}
         for name in distances
     ]
     return pd.DataFrame(rows), pd.DataFrame(
-        {"site": site, "block": i, **found.summary()} for (site, i), found in sorted(vectors.items())
+        {"site": site, "block": i, **dh.summary()} for (site, i), dh in sorted(vectors.items())
     )
 
 
 class _Vectors:
-    """The `dh` of one place, and how large the `h` are that it is added to."""
+    """The `dh` of one place, and the size of the `h` that it is added to."""
 
-    def __init__(self) -> None:
-        self.moments: Moments | None = None
+    def __init__(self, d: int, device: torch.device):
+        self.moments = Moments(d, device)
         self.square = 0.0
 
-    def add(self, batch: Batch, h: torch.Tensor, dh: torch.Tensor) -> None:
-        keep = batch.tokens.flatten()  # (some models flatten rows and tokens inside a block)
-        h, dh = (x.reshape(-1, x.shape[-1])[keep] for x in (h, dh))
-        self.moments = self.moments or Moments(dh.shape[-1], dh.device)
+    def add(self, h: torch.Tensor, dh: torch.Tensor) -> None:
+        """`h`, `dh`: `(n, d)`."""
         self.moments.add(dh)
         self.square += h.double().square().sum().item()
 
     def summary(self) -> dict[str, float]:
         """The spectrum, and `relative`: `rms` relative to that of `h`."""
-        found = spectrum(self.moments, RANKS)
-        return {"relative": found["rms"] / (self.square / self.moments.n) ** 0.5, **found}
+        columns = spectrum(self.moments, RANKS)
+        return {"relative": columns["rms"] / (self.square / self.moments.n) ** 0.5, **columns}
+
+
+def _add(vectors: dict[Place, _Vectors], place: Place, batch: Batch, h: torch.Tensor, dh: torch.Tensor) -> None:
+    """Adds the vectors at a batch's tokens."""
+    keep = batch.tokens.flatten()  # (some models flatten rows and tokens inside a block)
+    h, dh = (x.reshape(-1, x.shape[-1])[keep] for x in (h, dh))
+    vectors.setdefault(place, _Vectors(dh.shape[-1], dh.device)).add(h, dh)
 
 
 def same_generations(pair: Pair, texts: Texts, new_tokens: int) -> float:

@@ -2,35 +2,30 @@
 
     peft-steer analyze where --base MODEL --tuned MODEL_OR_ADAPTER --task listops_short --output DIR
 
-Post-MLP steering reads the MLP's term alone, and what fine-tuning changes in the others passes it by through the skip
-connection (arXiv 2603.00425, on where to steer). `dH` is the change of a block's output: of "stream" between the
-two models as they are, with all that the blocks before have changed; of "own" what this block itself changes, when
-base and tuned block read the same input, the base's.
+Post-MLP steering reads the MLP's term alone; what fine-tuning changes in the others passes it by through the skip
+connection (arXiv 2603.00425, on where to steer). `dH` is the change of a block's output: for "stream" the difference
+between the two models as they are, with all that earlier blocks have changed; for "own" what this block changes when
+the base's and the tuned model's block both read the base's input.
 
 For each term t of it: "share" is `<dt, dH> / |dH|^2`, and the shares of a block add up to 1; "norm" is `|dt| / |dH|`;
-"reached" is `1 - |dH - dt|^2 / |dH|^2`, what an oracle at that place alone reproduces of `dH`, negative where it leads
-away from it. "change" is `|dH|` relative to the base's output; "size" of the attention and of the MLP is the norm of
+"reached" is `1 - |dH - dt|^2 / |dH|^2`, the part of `dH` that an oracle at that place alone reproduces, negative if it
+leads away. "change" is `|dH|` relative to the base's output; "size" of the attention and of the MLP is the norm of
 what they add in the base, relative to what it is added to. All are means over tokens ("norm": root mean square).
 "edit" is what a steering adapter adds at the block's output.
 """
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from peft_steer.utils.errors import UsageError
+
 from .capture.terms import TERMS, Terms
-from .inputs.pairs import Pair, add_pair_arguments, blocks_of, find_pair
-from .inputs.texts import Texts, add_text_arguments, load_texts
+from .inputs.pairs import Pair, blocks_of, find_pair
+from .inputs.texts import Texts, load_texts
 from .output import facts_of, write_figure, write_table
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_pair_arguments(parser)
-    add_text_arguments(parser, held_out=False)
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="table and figure")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def measure(pair: Pair, texts: Texts) -> pd.DataFrame:
-    """Two rows a block, `of` the change of the `"stream"` and of the block's `"own"`; columns as the module says.
+    """Two rows for each block, `of` the `"stream"`'s change and of the block's `"own"`, with the columns above.
 
     Raises:
-        ValueError: If a block's output is not the sum of its terms, or no block's output changes.
+        UsageError: If a block's output is not the sum of its terms, or no block's output changes.
     """
     before, after = Terms(blocks_of(pair.base)), Terms(blocks_of(pair.tuned))
     sums = {name: [_Block() for _ in before.blocks] for name in ("stream", "own")}
@@ -67,15 +62,15 @@ def measure(pair: Pair, texts: Texts) -> pd.DataFrame:
             for i, block in enumerate(sums[name]):
                 block.add(before.of(i, present), after.of(i, present))
     if not any(block.changed for block in sums["stream"]):
-        raise ValueError("the tuned model does on this text what the base does: there is no change to look at")
+        raise UsageError("on this text the tuned model does what the base does: there is no change to look at")
     return pd.DataFrame(
         {"of": name, "block": i, **block.summary()} for name, blocks in sums.items() for i, block in enumerate(blocks)
     )
 
 
 class _Block:
-    """Sums over the tokens of one block, in float64. A token's changes are divided by `|dH|` first, so that the few
-    tokens with enormous activations do not decide."""
+    """Sums over the tokens of one block, in float64. A token's changes are first divided by `|dH|`, so that the few
+    tokens with enormous activations do not dominate."""
 
     def __init__(self) -> None:
         self.gram = torch.zeros(len(TERMS), len(TERMS), dtype=torch.float64)

@@ -1,59 +1,49 @@
-"""Compares PEFT methods as a grid file says: trains and evaluates each, then writes the tables."""
+"""`peft-steer bench`: from a grid file to trained adapters and a report."""
 
 import argparse
 import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+
+from peft_steer.evaluation.splits import complete_splits
+from peft_steer.evaluation.tasks import evaluate_on, load_task
+from peft_steer.utils.errors import UsageError
+from peft_steer.utils.hub import find_model
+
+from .engines import make_engine
+from .engines.base import EngineError
+from .grid.candidates import contenders
+from .grid.estimate import Estimator
+from .grid.parse import load_grid
+from .grid.peft_schema import export_peft
+from .grid.plan import Contender, Grid
+from .grid.protocol import planned, run_grid
+from .grid.task_checks import check_tasks
+from .report import write_report
+from .scheduler import run_cells
+from .store import Store
 
 
-if TYPE_CHECKING:
-    from .grid.plan import Contender, Grid
+def run(args: argparse.Namespace) -> int:
+    """Runs a grid. Returns 0, or 1 if a cell failed, or 130 after Ctrl-C.
 
-
-def main(argv: list[str]) -> int:
-    """Runs `peft-steer bench`. Returns 0, or 1 if a cell failed, or 2 if the grid cannot be run as written."""
-    parser = argparse.ArgumentParser(prog="peft-steer bench", description=__doc__)
-    parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="what to compare")
-    parser.add_argument("--model", help="directory or hub id, instead of the grid's")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: results/<name of the grid>)")
-    parser.add_argument("--dry-run", action="store_true", help="print the cells and what they will take, and stop")
-    parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: 1; with Ray, all that fit)")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine or a Ray cluster")
-    parser.add_argument("--address", help="of the Ray cluster (default: RAY_ADDRESS, else a new one on this machine)")
-    parser.add_argument(
-        "--export-peft",
-        type=Path,
-        metavar="DIR",
-        help="also write what PEFT's method comparison reads: results, experiments",
-    )
-    args = parser.parse_args(argv)
-
-    from .engines import make_engine
-    from .engines.base import EngineError
-    from .grid.candidates import contenders
-    from .grid.parse import load_grid
-    from .grid.peft_schema import export_peft
-    from .grid.protocol import planned, run_grid
-    from .report import write_report
-    from .scheduler import run_cells
-    from .store import Store
-
+    Raises:
+        UsageError: If the grid cannot be run as written.
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
     directory = args.output or Path("results") / args.grid.stem
-    try:
-        grid = _found(load_grid(args.grid, model=args.model))
-        tasks = _tasks(grid)
-        entrants, remarks = contenders(grid)
-        sweep, final = planned(grid, entrants)
-        engine = make_engine(args.engine, args.jobs, args.address)
-        if not args.dry_run:
-            engine.check([*sweep, *final])
-            store = Store(directory)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"peft-steer bench: {error}", file=sys.stderr)
-        return 2
+    grid = _with_sources(load_grid(args.grid, model=args.model))
+    tasks = _tasks(grid)
+    entrants, remarks = contenders(grid)
+    sweep, final = planned(grid, entrants)
+    engine = make_engine(args.engine, args.jobs, args.address)
+    if not args.dry_run:
+        engine.check([*sweep, *final])
+        store = Store(directory)
     for line in remarks:
         print(line)
     print(f"{len(sweep) + len(final)} runs: {len(sweep)} to choose on validation, {len(final)} after it.", flush=True)
@@ -64,8 +54,7 @@ def main(argv: list[str]) -> int:
         with engine:
             outcome = run_grid(grid, entrants, lambda cells: run_cells(cells, store, engine))
     except EngineError as error:
-        print(f"peft-steer bench: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where this run stopped.", file=sys.stderr)
         return 130
@@ -80,10 +69,8 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _found(grid: "Grid") -> "Grid":
-    """The grid with its models' weights found."""
-    from peft_steer.utils.hub import find_model
-
+def _with_sources(grid: Grid) -> Grid:
+    """The grid with each model's weights located."""
     models = []
     for model in grid.models:
         source = find_model(model.name)
@@ -92,13 +79,8 @@ def _found(grid: "Grid") -> "Grid":
     return replace(grid, models=tuple(models))
 
 
-def _tasks(grid: "Grid") -> dict[str, Any]:
+def _tasks(grid: Grid) -> dict[str, Any]:
     """The grid's tasks, by name, with all splits."""
-    from peft_steer.evaluation.splits import complete_splits
-    from peft_steer.evaluation.tasks import evaluate_on, load_task
-
-    from .grid.task_checks import check_tasks
-
     loaded = {}
     for entry in grid.tasks:
         loaded[entry.name], _ = load_task(
@@ -111,11 +93,7 @@ def _tasks(grid: "Grid") -> dict[str, Any]:
     return loaded
 
 
-def _preview(cells: list[Any], entrants: list["Contender"], tasks: dict[str, Any]) -> str:
-    import pandas as pd
-
-    from .grid.estimate import Estimator
-
+def _preview(cells: list[Any], entrants: list[Contender], tasks: dict[str, Any]) -> str:
     sizes = {
         (entrant.model.name, entrant.method.name, repr(config)): size
         for entrant in entrants

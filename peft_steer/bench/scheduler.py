@@ -1,7 +1,7 @@
-"""Runs the cells that have no result yet, on whatever workers an engine has, and writes what they return.
+"""Runs the cells that have no result yet on an engine's workers, and writes what they return.
 
-Every cell that is run is locked here, and its result is written here before the lock is released: of two runners on
-one directory each runs what the other does not, and a killed one loses the cells that it was running and no others.
+A cell is locked while it runs, and its result is written before the lock is released. So several runners can share a
+directory, and a killed one loses only the cells that it was running.
 """
 
 import logging
@@ -30,7 +30,7 @@ def run_cells(cells: list[Cell], store: Store, engine: Engine) -> list[dict[str,
         One result a cell, in their order: `status` is "done", with what was measured, or "failed", with `error`.
 
     Raises:
-        ValueError: If a cell cannot be run by this engine, or a result cannot be read; before anything is run.
+        UsageError: If a cell cannot be run by this engine, or a result cannot be read; before anything is run.
     """
     engine.check(cells)
     run = _Run(cells, store, engine)
@@ -83,8 +83,8 @@ class _Run:
             lock = self.store.lock(cell)
             if lock is None:
                 elsewhere += 1
-            elif self.store.stamp(cell) != self.stamps[cell.key]:
-                self._take(cell, self.store.read(cell), "another runner: ")
+            elif self.store.stamp(cell) != self.stamps[cell.key] and (result := self.store.read(cell)) is not None:
+                self._take(cell, result, "another runner: ")
                 lock.release()
             else:
                 self.waiting.remove(cell)

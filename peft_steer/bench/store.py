@@ -1,34 +1,26 @@
-"""The results directory of a comparison: what is finished is whole, and who runs what is known to all runners.
+"""The results directory of a comparison, which several runners may share.
 
     bench.json                  the version of this format
     cells/<key>.json            the result of a cell
     adapters/<training_key>/    a trained adapter with `training.json`, what its training cost
     locks/<training_key>.lock   held while a cell is run; the operating system releases it when its holder dies
 
-Files appear under their names in one step (`os.replace`, after `fsync`), so that whoever kills a run at whatever
-moment, each of them is there and whole, or is not there.
-
-Locks are `flock`'s: of all processes of a machine, and on NFS and Lustre of all machines where the mount has locks
-(NFSv4, NFSv3 with lockd, Lustre with `-o flock`); there a dead machine's locks end with its lease, after a minute or
-two. Where a file system has none, `filelock` falls back to files that merely exist, and says so.
+Writes are atomic: a file is complete or absent, even after a kill.
 """
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from peft_steer.utils.errors import UsageError
+from peft_steer.utils.files import atomic_path, remove_partial, try_lock, write_json
+
 from .grid.plan import VERSION, Cell
 
 
-_PARTIAL = ".partial"
 _TRAINING = "training.json"
 
 
@@ -39,7 +31,7 @@ class Store:
         directory: The folder. Other files in it are left alone.
 
     Raises:
-        ValueError: If another version of this library wrote the directory, or if one of its results cannot be read.
+        UsageError: If another version of this library wrote the directory, or if one of its results cannot be read.
     """
 
     def __init__(self, directory: str | Path):
@@ -66,7 +58,7 @@ class Store:
         """A cell's result, or None if it has none.
 
         Raises:
-            ValueError: If the file is not what `write` writes.
+            UsageError: If the file is not what `write` writes.
         """
         path = self.result_path(cell)
         return _read_result(path) if path.is_file() else None
@@ -85,31 +77,27 @@ class Store:
 
         What a killed holder left unfinished is removed.
         """
-        lock = FileLock(self.directory / "locks" / f"{cell.training_key}.lock", thread_local=False)
-        try:
-            lock.acquire(blocking=False)
-        except TimeoutError:
-            return None
-        for path in (self.result_path(cell), self.adapter_path(cell)):
-            for partial in path.parent.glob(f"{path.name}.*{_PARTIAL}"):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        lock = try_lock(self.directory / "locks" / f"{cell.training_key}.lock")
+        if lock is not None:
+            remove_partial(self.result_path(cell))
+            remove_partial(self.adapter_path(cell))
         return lock
 
     def _check_version(self) -> None:
         path = self.directory / "bench.json"
         if path.is_file():
             try:
-                found = json.loads(path.read_text())["version"]
+                version = json.loads(path.read_text())["version"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is not what peft-steer bench writes ({error}); {_REMEDY}") from error
+                raise UsageError(f"{path} is not what peft-steer bench writes ({error}); {_REMEDY}") from error
         elif any((self.directory / "cells").glob("*.json")):
-            found = 1  # which had no such file
+            version = 1  # which had no such file
         else:
             write_json(path, {"version": VERSION})
             return
-        if found != VERSION:
-            raise ValueError(
-                f"{self.directory} has results of version {found} of the benchmark's format, this is version "
+        if version != VERSION:
+            raise UsageError(
+                f"{self.directory} has results of version {version} of the benchmark's format, this is version "
                 f"{VERSION}: cells mean something else, and would be mixed up; {_REMEDY}"
             )
 
@@ -125,7 +113,8 @@ def save_training(path: Path, save: Any, costs: dict[str, Any]) -> None:
         save: Called with a folder to save the adapter to: `model.save_pretrained`.
         costs: What `read_training` is to return.
     """
-    with whole_folder(path) as folder:
+    with atomic_path(path) as folder:
+        folder.mkdir()
         save(folder)
         (folder / _TRAINING).write_text(json.dumps(costs))
 
@@ -134,46 +123,16 @@ def read_training(path: Path) -> dict[str, Any] | None:
     """What the training of the adapter in the folder `path` cost, or None if it has not been trained.
 
     Raises:
-        ValueError: If the folder is not what `save_training` writes.
+        UsageError: If the folder is not what `save_training` writes.
     """
     if not path.exists():
         return None
     try:
         return json.loads((path / _TRAINING).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} is not a trained adapter of this bench ({error}); remove it to train again"
         ) from error
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.", suffix=_PARTIAL))
-    try:
-        yield folder
-        for file in folder.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        folder.chmod(path.parent.stat().st_mode & 0o777)  # mkdtemp's are private
-        os.rename(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    _sync(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{path.name}.{os.getpid()}{_PARTIAL}"
-    try:
-        partial.write_text(json.dumps(value, indent=1))
-        _sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
 def _read_result(path: Path) -> dict[str, Any]:
@@ -182,13 +141,5 @@ def _read_result(path: Path) -> dict[str, Any]:
         if result["status"] not in ("done", "failed"):
             raise ValueError(f"status {result['status']!r}")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a result of this bench ({error}); remove it to run the cell again") from error
+        raise UsageError(f"{path} is not a result of this bench ({error}); remove it to run the cell again") from error
     return result
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import lm_eval.tasks
-import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import sanitize_model_name, setup_logging, simple_parse_args_string
@@ -21,10 +20,12 @@ from peft import PeftConfig
 
 from peft_steer.evaluation.lm import PeftSteerLM  # (registers the model `peft-steer`, and the tuner types with it)
 from peft_steer.evaluation.tasks import OUR_TASKS
+from peft_steer.utils.errors import UsageError, usage_errors
+from peft_steer.utils.yaml import parse_yaml
 
 
 class _TaskManager(lm_eval.tasks.TaskManager):
-    """Adds our tasks to whatever `--include_path` names: lm-eval's command line takes one path only."""
+    """Adds our tasks to the folder of `--include_path`: lm-eval's command line takes one path only."""
 
     def __init__(self, *args: Any, include_path: str | None = None, **kwargs: Any) -> None:
         paths = [str(OUR_TASKS), *([include_path] if include_path else [])]
@@ -33,17 +34,16 @@ class _TaskManager(lm_eval.tasks.TaskManager):
 
 def main(argv: list[str]) -> int:
     """Runs `peft-steer lm-eval`. All arguments are lm-eval's, except that `peft` in `--model_args` may be a list.
-    Returns 0, or 2 if that list cannot be used as given."""
+
+    Raises:
+        UsageError: If that list cannot be used as given.
+    """
     lm_eval.tasks.TaskManager = _TaskManager  # where the subcommands run, ls and validate import it from
     sys.argv = ["peft-steer lm-eval", *argv]
     setup_logging()
     cli = HarnessCLI()
     arguments = cli.parse_args()
-    try:
-        runs = _runs(arguments)
-    except (ValueError, OSError) as error:
-        print(f"peft-steer lm-eval: {error}", file=sys.stderr)
-        return 2
+    runs = _runs(arguments)
     with _one_base():
         for run in runs:
             cli.execute(run)
@@ -61,23 +61,24 @@ def _runs(arguments: Namespace) -> list[Namespace]:
         model_args = simple_parse_args_string(model_args)
     adapters = model_args.get("peft")
     if isinstance(adapters, str) and adapters.startswith("["):  # lm-eval reads a list only if its words are quoted
-        adapters = [None if word == "None" else word for word in yaml.safe_load(adapters)]
+        adapters = [None if word == "None" else word for word in parse_yaml(adapters)]
     if not isinstance(adapters, (list, tuple)):
         return [arguments]
     if values["model"] != "peft-steer":
-        raise ValueError(f"peft={list(adapters)}: several adapters need `--model peft-steer`")
+        raise UsageError(f"peft={list(adapters)}: several adapters need `--model peft-steer`")
     for adapter in adapters:
         if adapter is not None and (not isinstance(adapter, str) or not adapter):
-            raise ValueError(f"peft={list(adapters)}: {adapter!r} is neither an adapter's path nor None, for the base")
+            raise UsageError(f"peft={list(adapters)}: {adapter!r} is neither an adapter's path nor None, for the base")
     names = [sanitize_model_name("base" if adapter is None else adapter) for adapter in adapters]
     if not names or len(set(names)) < len(names):  # their files would be mixed up
-        raise ValueError(f"peft={list(adapters)}: name at least one adapter, and each only once")
+        raise UsageError(f"peft={list(adapters)}: name at least one adapter, and each only once")
     base = {name: value for name, value in model_args.items() if name not in ("peft", "scale")}
     runs = []
     for adapter, name in sorted(zip(adapters, names, strict=True), key=lambda pair: pair[0] is not None):
         if adapter is not None:
-            PeftConfig.from_pretrained(adapter, revision=model_args.get("revision"))  # raises before the long work
-        run = {"model_args": base if adapter is None else {**model_args, "peft": adapter}}
+            with usage_errors(f"peft={adapter}: "):
+                PeftConfig.from_pretrained(adapter, revision=model_args.get("revision"))
+        run: dict[str, Any] = {"model_args": base if adapter is None else {**model_args, "peft": adapter}}
         if values["use_cache"]:  # its keys do not say which adapter answered
             run["use_cache"] = f"{values['use_cache']}_{name}"
         runs.append(Namespace(**{**vars(arguments), **run}))
@@ -87,7 +88,8 @@ def _runs(arguments: Namespace) -> list[Namespace]:
 @contextmanager
 def _one_base() -> Iterator[None]:
     """Within it the runs' `--model peft-steer` is one model, with the adapter of the run."""
-    create, made = PeftSteerLM.create_from_arg_obj, []
+    create = PeftSteerLM.create_from_arg_obj
+    made: list[PeftSteerLM] = []
 
     def shared(model_args: dict[str, Any], additional_config: dict[str, Any] | None = None) -> PeftSteerLM:
         if made:

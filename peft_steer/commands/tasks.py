@@ -4,15 +4,13 @@ files."""
 import argparse
 import json
 import logging
-import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
 
-import lm_eval_tasks
-from peft_steer.utils.errors import suggest
+from peft_steer.evaluation.tasks import OUR_TASKS, docs_of, load_task, pair_of
+from peft_steer.utils.errors import UsageError, suggest
 
 
 SPLITS = ("train", "validation", "test")
@@ -20,42 +18,24 @@ _HEADER = ("task", " / ".join(SPLITS), "output type", "licence of the data", "so
 _DESCRIPTION = {"version", "splits", "license", "source", "path", "name"}  # the rest of `metadata` are parameters
 
 
-def main(argv: list[str]) -> int:
-    """Runs `peft-steer tasks`. Returns 0, or 2 if there is no such task."""
-    parser = argparse.ArgumentParser(prog="peft-steer tasks", description=__doc__)
-    parser.add_argument("name", nargs="?", help="a task; without it all are listed")
-    parser.add_argument("--include_path", help="folder with more tasks, as lm-eval's")
-    parser.add_argument(
-        "--metadata", type=_json, help="""the data's parameters, as lm-eval's: '{"data_dir": "DIR"}'"""
-    )
-    arguments = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Prints the table, or one task.
+
+    Raises:
+        UsageError: If there is no such task.
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
-    folders = [str(Path(lm_eval_tasks.__file__).parent), *([arguments.include_path] if arguments.include_path else [])]
-    if arguments.include_path and not Path(arguments.include_path).is_dir():
-        print(f"peft-steer tasks: include_path: there is no folder {arguments.include_path!r}", file=sys.stderr)
-        return 2
+    folders = [str(OUR_TASKS), *([str(args.include_path)] if args.include_path else [])]
     manager = TaskManager(include_path=folders, include_defaults=False)
-    if arguments.name is None:
+    if args.name is None:
         print(_table(manager))
-    elif arguments.name in manager.all_subtasks:
-        print(_details(manager, arguments.name, arguments))
-    elif arguments.name in manager.all_groups:
-        print(f"{arguments.name}: a group of {', '.join(_config(manager, arguments.name)['task'])}")
+    elif args.name in manager.all_subtasks:
+        print(_details(manager, args.name, args))
+    elif args.name in manager.all_groups:
+        print(f"{args.name}: a group of {', '.join(_config(manager, args.name)['task'])}")
     else:
-        hint = suggest(arguments.name, manager.all_tasks)
-        print(f"peft-steer tasks: there is no task {arguments.name!r}{hint}", file=sys.stderr)
-        return 2
+        raise UsageError(f"there is no task {args.name!r}{suggest(args.name, manager.all_tasks)}")
     return 0
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
 
 
 def _config(manager: TaskManager, name: str) -> dict[str, Any]:
@@ -107,10 +87,9 @@ def _details(manager: TaskManager, name: str, arguments: argparse.Namespace) -> 
 
 def _sample(name: str, arguments: argparse.Namespace) -> str:
     """The sizes of the data here, and their first training document as a prompt and its answer."""
-    from peft_steer.evaluation.tasks import docs_of, load_task, pair_of  # slow to import, and only this needs it
-
+    include_path = arguments.include_path and str(arguments.include_path)
     try:
-        task, _ = load_task(name, arguments.include_path, metadata=arguments.metadata)
+        task, _ = load_task(name, include_path, metadata=arguments.metadata)
         prompt, answer = pair_of(task, docs_of(task, "train", ("multiple_choice", "generate_until"))[0])
     except (OSError, ValueError, ImportError) as error:
         return f"No example: {error}"

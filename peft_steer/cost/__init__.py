@@ -3,11 +3,4 @@
 from .allocator import saved_bytes
 
 
-__all__ = ["main", "saved_bytes"]
-
-
-def main(argv: list[str]) -> int:
-    """Runs `peft-steer cost`."""
-    from ..cost import command
-
-    return command.main(argv)
+__all__ = ["saved_bytes"]

@@ -1,7 +1,7 @@
 """Exact memory figures, from the events of torch's allocators.
 
-Hooks on saved tensors would miss what a gradient checkpoint holds beside them, and resident memory includes whatever
-the C library has not returned yet. The allocator sees each storage once when it is made and once when it is freed.
+Hooks on saved tensors would miss what a gradient checkpoint holds beside them, and resident memory includes what the
+C library has not returned yet. The allocator sees each storage when it is made and when it is freed.
 """
 
 import gc
@@ -26,7 +26,7 @@ def saved_bytes(model: torch.nn.Module, batch: Mapping[str, Any]) -> int:
     Parameters, the batch and anything that outlives the loss (such as a cache of rotary angles) do not count.
 
     Args:
-        model: A transformers or PEFT model, which is put into training mode for the measurement.
+        model: A transformers or PEFT model; it is in training mode during the measurement.
         batch: Its keyword arguments, on its device and with `labels`.
 
     Raises:
@@ -34,15 +34,17 @@ def saved_bytes(model: torch.nn.Module, batch: Mapping[str, Any]) -> int:
     """
     was_training = model.training
     model.train()
-    gc.freeze()  # only what the forward makes is searched for garbage below
+    device = next(model.parameters()).device
+    gc.freeze()  # so that the collections below search only what the forward makes
     try:
-        if next(model.parameters()).device.type == "cuda":
+        if device.type != "cpu":
+            memory = torch.get_device_module(device)
             loss = _loss(model, batch)
             gc.collect()
-            before = torch.cuda.memory_allocated()
+            before = memory.memory_allocated(device)
             del loss
             gc.collect()
-            return before - torch.cuda.memory_allocated()
+            return before - memory.memory_allocated(device)
         with profile(profile_memory=True) as events:
             loss = _loss(model, batch)
             gc.collect()
@@ -52,18 +54,19 @@ def saved_bytes(model: torch.nn.Module, batch: Mapping[str, Any]) -> int:
     finally:
         gc.unfreeze()
         model.train(was_training)
-    release = next(e.start_ns() for e in events.kineto_results.events() if e.name() == _RELEASE)
+    release = next(e.start_ns() for e in _kineto(events) if e.name() == _RELEASE)
     return -sum(size for time, size in _changes(events) if time >= release)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that were allocated at once while `function` ran, above those allocated before it."""
+    """The most bytes allocated at once while `function` ran, above those allocated before it."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.type != "cpu":
+        memory = torch.get_device_module(device)
+        memory.reset_peak_memory_stats(device)
+        before = memory.memory_allocated(device)
         function()
-        return torch.cuda.max_memory_allocated() - before
+        return memory.max_memory_allocated(device) - before
     with profile(profile_memory=True) as events:
         function()
     return max(accumulate(size for _, size in _changes(events)), default=0)
@@ -79,5 +82,10 @@ def _loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
 def _changes(events: profile) -> list[tuple[int, int]]:
     """(time in ns, bytes allocated or, if negative, freed) on the CPU, in order."""
-    memory = (e for e in events.kineto_results.events() if e.name() == "[memory]")
+    memory = (e for e in _kineto(events) if e.name() == "[memory]")
     return sorted(((e.start_ns(), e.nbytes()) for e in memory), key=itemgetter(0))
+
+
+def _kineto(events: profile) -> list[Any]:
+    assert events.kineto_results is not None
+    return events.kineto_results.events()

@@ -4,17 +4,14 @@
     peft-steer cost --model DIR --method post_block --method LORA:r=16,target_modules=[q_proj,v_proj]
     peft-steer cost --model recipes/cost/llama_8x1024 --random_weights
 
-"kept": what a training forward keeps for backward. "floor": the same frozen model with a gradient down to block 0's
-output, which is what any method that trains something in block 0 has to pay. "decode": cached greedy generation,
-against the base. Times are medians (and quartiles) of ratios within a round; a round runs every method once, in random
-order.
+"kept": bytes that a training forward keeps for backward. "floor": the same frozen model with a gradient down to block
+0's output, which any method that trains something in block 0 has to pay for. "decode": cached greedy generation,
+compared with the base. Times are medians (and quartiles) of ratios within a round; a round runs every method once, in
+random order.
 """
 
 import argparse
 import contextlib
-import json
-import platform
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -26,6 +23,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from peft_steer.utils.devices import default_device, device_name
+from peft_steer.utils.errors import UsageError, usage_errors
+from peft_steer.utils.files import write_json
 from peft_steer.utils.hub import find_model
 
 from ..cost import measure
@@ -34,60 +34,22 @@ from .methods import FLOOR, PRESETS, adapt, adapter_bytes, parse_method, share
 from .report import CHECKPOINTING, report
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints the table.
 
-
-def main(argv: list[str]) -> int:
-    """Runs `peft-steer cost`. Returns 0, or 2 if the model or a method cannot be measured as asked."""
-    args = _parser().parse_args(argv)
+    Raises:
+        UsageError: If the model or a method cannot be measured as asked.
+    """
     methods = list(dict.fromkeys(["lora", *(args.method or PRESETS)]))
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about PEFT's use of its names
-    try:
-        _check(args)
-        for method in methods:
-            parse_method(method)
-        results = _measure(args, methods)
-    except (ValueError, OSError) as error:
-        print(f"peft-steer cost: {error}", file=sys.stderr)
-        return 2
+    # PEFT still uses names that transformers has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for method in methods:
+        parse_method(method)
+    results = _measure(args, methods)
     print(report(results))
     if args.output:
-        args.output.write_text(json.dumps(results, indent=1))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="peft-steer cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR_OR_ID", help="a causal language model")
-    add("--random_weights", action="store_true", help="take only the model's config, with weights drawn at random")
-    add(
-        "--method",
-        action="append",
-        metavar="METHOD",
-        help=f"{', '.join(PRESETS)} (default: all of these), or PEFT_TYPE:key=value,..., or an adapter's .json; "
-        "may be repeated. lora is always measured, as the reference",
-    )
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="of the base; the first is timed")
-    add("--gradient_checkpointing", action="store_true", help="take step time and peak memory with it")
-    add("--batch_size", type=int, default=4, help="rows of the training batch (default: 4)")
-    add("--length", type=int, default=128, help="tokens in each row (default: 128)")
-    add("--new_tokens", type=int, default=16, help="tokens to decode, for one row (default: 16)")
-    add("--rounds", type=int, default=10, help="of the timings, at least 2 (default: 10)")
-    add("--seed", type=int, default=0, help="of the batch and of the order in a round")
-    add("--output", type=Path, metavar="FILE.json", help="write all figures, each round's times included")
-    return parser
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name, least in (("batch_size", 1), ("length", 2), ("new_tokens", 1), ("rounds", 2)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least {least}")
-    if args.output and not args.output.parent.is_dir():
-        raise ValueError(f"--output is {args.output}, but there is no directory {args.output.parent}")
+        write_json(args.output, results)
 
 
 def _measure(args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:
@@ -110,7 +72,12 @@ def _measure_dtype(
     models = {name: adapt(base, FLOOR if name == "floor" else name) for name in rows if name != "base"}
     torch.manual_seed(args.seed)
     ids = torch.randint(base.config.get_text_config().vocab_size, (args.batch_size, args.length), device=base.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), "use_cache": False}
+    batch: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.clone(),
+        "use_cache": False,
+    }
     for name, model in tqdm(models.items(), desc=f"Bytes, {dtype}", leave=False):
         for enabled, suffix in CHECKPOINTING.items():
             with measure.checkpointing(model, enabled):
@@ -133,16 +100,18 @@ def _measure_dtype(
 
 
 def _load(path: str, args: argparse.Namespace, dtype: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path)
+    with usage_errors(f"--model: {args.model!r} cannot be loaded: "):
+        config = AutoConfig.from_pretrained(path)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)  # not every architecture has a limit
     if longest is not None and max(args.length, 8 + args.new_tokens) > longest:
-        raise ValueError(f"--length or 8 + --new_tokens exceeds the {longest} positions of {path}")
+        raise UsageError(f"--length or 8 + --new_tokens exceeds the {longest} positions of {path}")
     if args.random_weights:
         torch.manual_seed(args.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        with usage_errors(f"--model: {args.model!r} cannot be loaded: "):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    return model.to(default_device())
 
 
 def _once(model: peft.PeftModel, batch: dict[str, Any], gradient_checkpointing: bool) -> dict[str, int]:
@@ -155,6 +124,7 @@ def _once(model: peft.PeftModel, batch: dict[str, Any], gradient_checkpointing: 
 
 
 def _environment() -> dict[str, str]:
-    on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else on_cpu
-    return {"device": name, **{library.__name__: library.__version__ for library in (torch, transformers, peft)}}
+    return {
+        "device": device_name(default_device()),
+        **{library.__name__: library.__version__ for library in (torch, transformers, peft)},
+    }

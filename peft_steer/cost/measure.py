@@ -1,4 +1,4 @@
-"""What is timed: training steps and decoding, of all models in turn, so that a busy machine slows all alike."""
+"""What is timed: training steps and decoding, of all models in turn, so that a busy machine slows all of them."""
 
 import random
 import time
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,8 +20,8 @@ from .allocator import peak_bytes
 def checkpointing(model: PeftModel, enabled: bool) -> Iterator[None]:
     """Gradient checkpointing of every block while the context lasts, if `enabled`.
 
-    Gradients still stop at the lowest adapter: transformers would have the embeddings' output require a gradient,
-    which non-reentrant checkpointing does not need.
+    Gradients still stop at the lowest adapter: transformers makes the embeddings' output require a gradient, which
+    non-reentrant checkpointing does not need and which is undone here.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer transformers has another name for it
@@ -34,7 +35,7 @@ def checkpointing(model: PeftModel, enabled: bool) -> Iterator[None]:
                 model.gradient_checkpointing_disable()
 
 
-def training_step(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+def training_step(model: PeftModel, batch: Mapping[str, Any]) -> Callable[[], None]:
     """A function that runs forward, backward and an AdamW step of the adapter."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
@@ -47,7 +48,7 @@ def training_step(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> Callab
     return step
 
 
-def step_peak(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> int:
+def step_peak(model: PeftModel, batch: Mapping[str, Any]) -> int:
     """Peak bytes of the first training step: the weights and all that is allocated beside them, Adam's moments too."""
     weights = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
     return weights + peak_bytes(lambda: training_step(model, batch)(), model.device)
@@ -58,7 +59,7 @@ def greedy_decoding(model: PreTrainedModel | PeftModel, prompt: torch.Tensor, ne
 
     def decode() -> None:
         model.eval()
-        model.generate(
+        cast(Any, model).generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new_tokens,
@@ -73,10 +74,10 @@ def greedy_decoding(model: PreTrainedModel | PeftModel, prompt: torch.Tensor, ne
 def interleaved_seconds(
     functions: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, seed: int, label: str
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round, in a new random order each round, after one round to warm up.
+    """Seconds of each function in each round, after one round to warm up; every round has a new random order.
 
-    On a CPU they are seconds of this process on the processor, which other processes on a shared machine do not
-    lengthen; on an accelerator, seconds that pass.
+    On a CPU they are this process's processor time, which other processes on a shared machine do not lengthen; on an
+    accelerator, elapsed time.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     names, order = list(functions), random.Random(seed)
@@ -94,5 +95,5 @@ def interleaved_seconds(
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -8,6 +8,8 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
+from peft_steer.utils.errors import UsageError
+
 from .tasks import docs_of, filtered, gold_of, pair_of, target_of
 
 
@@ -23,7 +25,7 @@ def sft_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> da
         **chat: `apply_chat_template` and `system_instruction`, as lm-eval's flags.
 
     Raises:
-        ValueError: If there is no such split, if it is the evaluated one, or if the task's type has no answer.
+        UsageError: If there is no such split, if it is the evaluated one, or if the task's type has no answer.
     """
     docs = docs_of(task, split, ("multiple_choice", "generate_until"))
     return _columns(pair_of(task, doc, **chat) for doc in docs)
@@ -35,7 +37,7 @@ def grpo_dataset(task: ConfigurableTask, split: str = "train", **chat: Any) -> d
     [`~peft_steer.evaluation.rewards.reward_function`] finds the document.
 
     Raises:
-        ValueError: If there is no such split, if it is the evaluated one, or if the task generates nothing.
+        UsageError: If there is no such split, if it is the evaluated one, or if the task generates nothing.
     """
     docs = docs_of(task, split, ("generate_until",))
     rows = [
@@ -50,14 +52,14 @@ def dpo_dataset(task: ConfigurableTask, split: str = "train", seed: int = 0, **c
     `seed`.
 
     Raises:
-        ValueError: If there is no such split, if it is the evaluated one, or if the task has no choices that follow
+        UsageError: If there is no such split, if it is the evaluated one, or if the task has no choices that follow
             one prompt.
     """
     docs = docs_of(task, split, ("multiple_choice", "generate_until"))
     if task.config.doc_to_choice is None:
-        raise ValueError(f"task {task.config.task!r} has no choices (`doc_to_choice`), so no wrong answer is known")
+        raise UsageError(f"task {task.config.task!r} has no choices (`doc_to_choice`), so no wrong answer is known")
     if task.multiple_input:
-        raise ValueError(f"task {task.config.task!r}: its choices are in the prompt, so no two answers compare")
+        raise UsageError(f"task {task.config.task!r}: its choices are in the prompt, so no two answers compare")
     draw = random.Random(seed)
     rows = []
     for doc in docs:
@@ -65,7 +67,7 @@ def dpo_dataset(task: ConfigurableTask, split: str = "train", seed: int = 0, **c
         choices, gold = task.doc_to_choice(doc), gold_of(task, doc)
         wrong = [i for i, text in enumerate(choices) if text not in {choices[g] for g in gold}]
         if not wrong:
-            raise ValueError(f"task {task.config.task!r}: {doc!r} has no wrong choice")
+            raise UsageError(f"task {task.config.task!r}: {doc!r} has no wrong choice")
         rows.append(
             {"prompt": prompt, "chosen": chosen, "rejected": pair_of(task, doc, choice=draw.choice(wrong), **chat)[1]}
         )
@@ -78,8 +80,8 @@ def _columns(pairs: Any) -> datasets.Dataset:
 
 def _solution(task: ConfigurableTask, doc: dict) -> str:
     target = target_of(task, doc)
-    found = str(next(iter(filtered(task, doc, target).values())))
-    return target if found in ("", "[invalid]") else found  # a filter for completions may not match a target
+    answer = str(next(iter(filtered(task, doc, target).values())))
+    return target if answer in ("", "[invalid]") else answer  # a filter for completions may not match a target
 
 
 def tokenize(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, end: bool) -> datasets.Dataset:
@@ -101,7 +103,7 @@ def tokenize(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, end:
     def row(pair: dict[str, str]) -> dict[str, list[int]]:
         ids, n_prompt = encode(pair["prompt"], pair["completion"], tokenizer, end)
         if n_prompt >= len(ids):
-            raise ValueError(f"no token is left to learn in {pair!r}")
+            raise UsageError(f"no token is left to learn in {pair!r}")
         return {"input_ids": ids, "completion_mask": [0] * n_prompt + [1] * (len(ids) - n_prompt)}
 
     return dataset.map(row, remove_columns=dataset.column_names, desc="Tokenizing")

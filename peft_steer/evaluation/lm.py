@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from peft_steer import needs_prompts
 from peft_steer.utils.bitsandbytes import keep_unpacked
+from peft_steer.utils.errors import UsageError
 
 from .adapters import check, fingerprint, set_strength, take_off
 
@@ -38,12 +39,13 @@ class PeftSteerLM(HFLM):
             trained with.
 
     Raises:
-        ValueError: If `peft` is no path, or `scale` no finite number or without an adapter that has a strength.
+        UsageError: If `peft` is not a path, or `scale` is not finite or the adapter has no strength.
     """
 
     # While loglikelihoods are computed: the number of context tokens, by what the model is given.
     _context_lengths: dict[tuple[int, ...], int] | None = None
     _probing = False
+    _model: Any  # with an adapter or without
     _fingerprint: dict[str, int] | None = None  # of the base below the present adapter
 
     def __init__(
@@ -56,7 +58,7 @@ class PeftSteerLM(HFLM):
     ) -> None:
         check(peft, scale)
         if peft and kwargs.get("delta"):
-            raise ValueError("Cannot use both 'peft' and 'delta' options at the same time.")
+            raise UsageError("Cannot use both 'peft' and 'delta' options at the same time.")
         super().__init__(pretrained, *args, **kwargs)
         if hasattr(self, "accelerator"):  # set by `hf` if there are several processes
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -67,11 +69,11 @@ class PeftSteerLM(HFLM):
         """Takes the present adapter off the base and puts another one on it.
 
         Args:
-            peft: Path or Hub ID of the adapter, of any type, whatever the present one's is; None for the base alone.
+            peft: Path or Hub ID of the adapter, of any type; None for the base alone.
             scale: As in the constructor.
 
         Raises:
-            ValueError: As in the constructor; or if the base is not what it was before the present adapter, which then
+            UsageError: As in the constructor; or if the base is not what it was before the present adapter, which then
                 has to be evaluated by itself.
         """
         check(peft, scale)
@@ -94,7 +96,7 @@ class PeftSteerLM(HFLM):
         if flags.get("load_in_4bit") or flags.get("load_in_8bit"):
             kwargs["quantization_config"] = BitsAndBytesConfig(**flags)
         elif flags.keys() - {"load_in_4bit", "load_in_8bit"}:
-            raise ValueError(f"{', '.join(flags)}: nothing is quantized without `load_in_4bit` or `load_in_8bit`")
+            raise UsageError(f"{', '.join(flags)}: nothing is quantized without `load_in_4bit` or `load_in_8bit`")
         super()._create_model(*args, **kwargs)
         keep_unpacked(self._model)
 
@@ -109,15 +111,17 @@ class PeftSteerLM(HFLM):
             while waiting:
                 # Requests that give the model the same tokens, as context and continuation divided differently, are
                 # different requests: the harness would run the model once for all of them.
-                self._context_lengths, now, later = {}, [], []
+                self._context_lengths = {}
+                now: list[int] = []
+                later: list[int] = []
                 for i in waiting:
                     _, context, continuation = requests[i]
                     tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
                     n = len(tokens) + 1 - len(continuation)
                     same = self._context_lengths.setdefault(_unpadded(tokens), n) == n
                     (now if same else later).append(i)
-                found = super()._loglikelihood_tokens([requests[i] for i in now], disable_tqdm, override_bs)
-                answers.update(zip(now, found, strict=True))
+                scored = super()._loglikelihood_tokens([requests[i] for i in now], disable_tqdm, override_bs)
+                answers.update(zip(now, scored, strict=True))
                 waiting = later
                 if waiting and self.batch_size == "auto" and not override_bs:  # detected once is enough
                     override_bs = min(self.batch_sizes.values())
@@ -127,7 +131,7 @@ class PeftSteerLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         if needs_prompts(self.model):
-            raise ValueError(
+            raise UsageError(
                 "A rolling loglikelihood (perplexity) has no prompt, to which the adapter's `positions` refer. Train "
                 "it with `positions='all'`, or evaluate it on other tasks."
             )
@@ -148,6 +152,7 @@ class PeftSteerLM(HFLM):
         if self._probing:  # for memory: any tokens, whose logits nobody reads
             lengths = [inps.shape[1]] * len(inps)
         else:
+            assert self._context_lengths is not None  # within `_loglikelihood_tokens`
             lengths = [self._context_lengths[_unpadded(row)] for row in inps.tolist()]
         handle = self.model.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "prompt_lengths": lengths}), with_kwargs=True

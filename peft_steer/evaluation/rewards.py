@@ -7,7 +7,7 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import postprocess_generated_text
 
-from peft_steer.utils.errors import suggest
+from peft_steer.utils.errors import UsageError, suggest
 
 from .tasks import docs_of, filtered, target_of
 
@@ -26,7 +26,7 @@ def reward_function(task: ConfigurableTask, metric: str | None = None) -> Callab
             first metric after the first filter.
 
     Raises:
-        ValueError: If the task generates nothing, or has no such metric, or it is not a number for each document of
+        UsageError: If the task generates nothing, or has no such metric, or it is not a number for each document of
             which more is better.
     """
 
@@ -38,11 +38,17 @@ def reward_function(task: ConfigurableTask, metric: str | None = None) -> Callab
     scores = _scores(task, first, target_of(task, first))
     metric = metric or next(iter(scores))
     if metric not in scores:
-        raise ValueError(f"reward metric {metric!r} is none of task {task.config.task!r}{suggest(metric, scores)}")
+        raise UsageError(
+            f"reward metric {metric!r} is not a metric of task {task.config.task!r}{suggest(metric, scores)}"
+        )
     if not isinstance(scores[metric], (bool, int, float)):
-        raise ValueError(f"reward metric {metric!r} of task {task.config.task!r} gives {scores[metric]!r}, no number")
+        raise UsageError(
+            f"reward metric {metric!r} of task {task.config.task!r} gives {scores[metric]!r}, not a number"
+        )
     if not task.higher_is_better().get(metric.split(",")[0], True):
-        raise ValueError(f"reward metric {metric!r} of task {task.config.task!r}: less is better, so it is no reward")
+        raise UsageError(
+            f"reward metric {metric!r} of task {task.config.task!r}: less is better, so it cannot be a reward"
+        )
 
     def reward(completions: list, split: list[str], doc_id: list[int], **_: Any) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]

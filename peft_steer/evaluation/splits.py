@@ -2,6 +2,8 @@
 
 from lm_eval.api.task import ConfigurableTask
 
+from peft_steer.utils.errors import UsageError
+
 from .tasks import FEWSHOT_SEED
 
 
@@ -19,13 +21,13 @@ def complete_splits(task: ConfigurableTask) -> str | None:
         A line that says what was done, or None if the task had all three.
 
     Raises:
-        ValueError: If the task has no training split, or neither of the others.
+        UsageError: If the task has no training split, or neither of the others.
     """
     config = task.config
     evaluated = config.test_split or config.validation_split
     if config.training_split is None or evaluated is None:
         missing = "training" if config.training_split is None else "validation or test"
-        raise ValueError(f"task {config.task!r} has no {missing} split")
+        raise UsageError(f"task {config.task!r} has no {missing} split")
     if config.test_split and config.validation_split and config.test_split != config.validation_split:
         return None
     rows = task.dataset[config.training_split]

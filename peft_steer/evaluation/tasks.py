@@ -13,7 +13,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 import lm_eval_tasks
-from peft_steer.utils.errors import suggest
+from peft_steer.utils.errors import UsageError, suggest, usage_errors
 
 
 OUR_TASKS = Path(lm_eval_tasks.__file__).parent
@@ -35,22 +35,23 @@ def load_task(
         metadata: Parameters of the task's data, as lm-eval's `--metadata`: `{"max_depth": 6}`, `{"data_dir": "DIR"}`.
 
     Raises:
-        ValueError: If no task has that name, if it is a group of tasks, or if it never has examples.
-        FileNotFoundError: If there is no folder `include_path`.
+        UsageError: If no task has that name, if it is a group of tasks, if its data cannot be loaded, if it never has
+            examples, or if there is no folder `include_path`.
     """
     if include_path and not Path(include_path).is_dir():  # lm-eval would say nothing
-        raise FileNotFoundError(f"include_path: there is no folder {include_path!r}")
+        raise UsageError(f"include_path: there is no folder {include_path!r}")
     if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"num_fewshot is {num_fewshot}, it must be at least 0")
+        raise UsageError(f"num_fewshot is {num_fewshot}, it must be at least 0")
     manager = _manager(name, include_path, metadata)
     if name in manager.all_groups:
-        raise ValueError(f"task: {name!r} is a group; name one of its tasks, {manager.task_index[name].cfg['task']}")
+        raise UsageError(f"task: {name!r} is a group; name one of its tasks, {manager.task_index[name].cfg['task']}")
     if name not in manager.all_subtasks:
-        raise ValueError(f"task: {name!r} is not a single task known to lm-eval{suggest(name, manager.all_subtasks)}")
-    task = manager.load(name)["tasks"][name]
+        raise UsageError(f"task: {name!r} is not a single task known to lm-eval{suggest(name, manager.all_subtasks)}")
+    with usage_errors(f"task {name!r}: ", (ValueError, OSError, ImportError)):  # its data cannot be had, or generated
+        task = manager.load(name)["tasks"][name]
     if num_fewshot is not None:
         if task.config.num_fewshot == 0 and num_fewshot != 0:
-            raise ValueError(f"num_fewshot: task {name!r} says 0, and lm-eval then evaluates without examples")
+            raise UsageError(f"num_fewshot: task {name!r} says 0, and lm-eval then evaluates without examples")
         task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(FEWSHOT_SEED)
     return task, manager
@@ -64,7 +65,7 @@ def load_tasks(name: str, metadata: dict[str, Any] | None = None) -> list[Config
         metadata: As in [`load_task`].
 
     Raises:
-        ValueError: If there is neither of that name.
+        UsageError: If there is neither of that name.
     """
     manager = _manager(name, None, metadata)
     if name not in manager.all_groups:
@@ -87,40 +88,40 @@ def evaluate_on(task: ConfigurableTask, split: str) -> None:
     """Makes the harness evaluate `task` on its `"validation"` or `"test"` split (which it prefers if there is one).
 
     Raises:
-        ValueError: If the task has no such split.
+        UsageError: If the task has no such split.
     """
     if split not in ("validation", "test"):
-        raise ValueError(f"split: {split!r} is none of 'validation', 'test'")
+        raise UsageError(f"split: {split!r} is not 'validation' or 'test'")
     if (task.config.test_split if split == "test" else task.config.validation_split) is None:
-        raise ValueError(f"split: task {task.config.task!r} has no {split} split")
+        raise UsageError(f"split: task {task.config.task!r} has no {split} split")
     if split == "validation":
         task.set_config("test_split", None)
 
 
 def docs_of(task: ConfigurableTask, split: str, output_types: tuple[str, ...]) -> list[dict]:
-    """The documents of a split that may be trained on, of a task of one of these types; `ValueError` otherwise."""
+    """The documents of a split that may be trained on, of a task of one of these types; `UsageError` otherwise."""
     config = task.config
     names = {"train": config.training_split, "validation": config.validation_split}
     kind = "training" if split == "train" else split
     if names[split] is None:
-        raise ValueError(f"task {config.task!r} has no {kind} split")
+        raise UsageError(f"task {config.task!r} has no {kind} split")
     evaluated = config.test_split or config.validation_split
     if names[split] == evaluated:
         use = "trained on" if split == "train" else "watched in training on"
-        raise ValueError(f"task {config.task!r} would be {use} {evaluated!r}, the split that it is evaluated on")
+        raise UsageError(f"task {config.task!r} would be {use} {evaluated!r}, the split that it is evaluated on")
     if config.output_type not in output_types:
-        raise ValueError(
+        raise UsageError(
             f"task {config.task!r}: no such training data can be made of output_type {config.output_type!r}, only of "
             f"{' or '.join(map(repr, output_types))}"
         )
     if config.num_fewshot and task.fewshot_cfg.split == evaluated:
-        raise ValueError(
+        raise UsageError(
             f"task {config.task!r} takes its examples from {evaluated!r}, the split that it is evaluated on; set "
             "`num_fewshot: 0`"
         )
     docs = list(task.training_docs() if split == "train" else task.validation_docs())
     if not docs:
-        raise ValueError(f"task {config.task!r}: its {kind} split is empty")
+        raise UsageError(f"task {config.task!r}: its {kind} split is empty")
     return docs
 
 
@@ -134,7 +135,7 @@ def pair_of(
     """A document's prompt, and the answer to it: the right one, or the choice with the index `choice`."""
     prefix = task.doc_to_prefix(doc)
     if apply_chat_template and prefix:
-        raise ValueError(
+        raise UsageError(
             f"task {task.config.task!r} begins the answer itself (gen_prefix), which no chat trainer does"
         )
     with _not_its_own_example(task, doc):
@@ -193,7 +194,7 @@ def gold_of(task: ConfigurableTask, doc: dict) -> set[int]:
     choices = task.doc_to_choice(doc)
     indices = {choices.index(g) if isinstance(g, str) else g for g in (gold if isinstance(gold, list) else [gold])}
     if not indices or not all(0 <= i < len(choices) for i in indices):
-        raise ValueError(f"task {task.config.task!r}: the right answer of {doc!r} is {gold!r}, none of its choices")
+        raise UsageError(f"task {task.config.task!r}: the right answer of {doc!r} is {gold!r}, none of its choices")
     return indices
 
 
@@ -205,7 +206,7 @@ def target_of(task: ConfigurableTask, doc: dict) -> str:
     if isinstance(target, list):
         target = target[0]
     if target is None:
-        raise ValueError(f"task {task.config.task!r} has no answer to {doc!r}")
+        raise UsageError(f"task {task.config.task!r} has no answer to {doc!r}")
     return str(target)
 
 

@@ -6,18 +6,17 @@ The fields of the config that `peft_type` names are flags of their own (`--r 4 -
 import argparse
 import dataclasses
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
-import yaml
 from peft import PeftConfig
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config
 
 import peft_steer
-from peft_steer.utils.errors import suggest
+from peft_steer.utils.errors import UsageError, suggest, usage_errors
+from peft_steer.utils.yaml import parse_yaml, read_yaml
 
 
 TASK_PROMPT = ("apply_chat_template", "system_instruction")
@@ -74,9 +73,9 @@ class TaskArguments:
             try:
                 self.metadata = json.loads(self.metadata)
             except json.JSONDecodeError as error:
-                raise ValueError(f"metadata: {self.metadata!r} is no JSON: {error}") from error
+                raise UsageError(f"metadata: {self.metadata!r} is not JSON: {error}") from error
         if not isinstance(self.metadata, (dict, type(None))):
-            raise ValueError(f"metadata: {self.metadata!r} is no JSON object")
+            raise UsageError(f"metadata: {self.metadata!r} is not a JSON object")
 
     @property
     def chat(self) -> dict[str, Any]:
@@ -108,15 +107,15 @@ def parse(argv: list[str], prog: str, script_cls: type, training_cls: type) -> A
     """Reads a command line and the recipe that `--config` names; the command line wins.
 
     Raises:
-        ValueError: for an unknown key or flag, with the nearest known one, and for values that contradict each other.
-        FileNotFoundError: if there is no such recipe.
+        UsageError: for an unknown key or flag, with the nearest known one, and for values that contradict each other.
+        UsageError: if there is no such recipe.
     """
     argv = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     recipe = _recipe(argv)
     config_cls = _config_class(argv, recipe)
     adapter_parser = _adapter_parser(config_cls)
     given, rest = adapter_parser.parse_known_args(argv)
-    types = (script_cls, training_cls, ModelConfig, DatasetMixtureConfig, TaskArguments)
+    types: Any = (script_cls, training_cls, ModelConfig, DatasetMixtureConfig, TaskArguments)
     parser = TrlParser(
         types,
         prog=prog,
@@ -127,17 +126,21 @@ def parse(argv: list[str], prog: str, script_cls: type, training_cls: type) -> A
     known = {action.dest for p in (parser, adapter_parser) for action in p._actions} - {"help"}
     for key in map(str, recipe):
         if key not in known and key != "env":
-            raise ValueError(f"{argv[argv.index('--config') + 1]}: {key}: unknown key{_hint(key, known)}")
-    *parsed, _, unknown = parser.parse_args_and_config(
-        rest, return_remaining_strings=True, separate_remaining_strings=True
-    )
+            raise UsageError(f"{argv[argv.index('--config') + 1]}: {key}: unknown key{_hint(key, known)}")
+    with usage_errors(kinds=(ValueError, TypeError)):
+        *parsed, _, unknown = parser.parse_args_and_config(
+            rest, return_remaining_strings=True, separate_remaining_strings=True
+        )
     if unknown:
-        raise ValueError(f"{unknown[0]}: unknown argument{_hint(unknown[0].lstrip('-').replace('-', '_'), known)}")
+        raise UsageError(f"{unknown[0]}: unknown argument{_hint(unknown[0].lstrip('-').replace('-', '_'), known)}")
     adapter = {k: v for k, v in recipe.items() if k in {a.dest for a in adapter_parser._actions}} | vars(given)
     rate = adapter.pop("steer_learning_rate", None)
     peft_config = _peft_config(config_cls, adapter, parsed[2])
     _check(parsed[0], parsed[3], parsed[4], peft_config, rate)
-    return Arguments(*parsed, peft_config=peft_config, steer_learning_rate=None if rate is None else float(rate))
+    script, training, model, mixture, task = parsed
+    return Arguments(
+        script, training, model, mixture, task, peft_config, steer_learning_rate=None if rate is None else float(rate)
+    )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -149,13 +152,10 @@ def _recipe(argv: list[str]) -> dict[str, Any]:
         return {}
     path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else None
     if path is None or not path.is_file():
-        raise FileNotFoundError(f"--config: there is no file {str(path)!r}")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+        raise UsageError(f"--config: there is no file {str(path)!r}")
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: a recipe has keys and values, this is {recipe!r}")
+        raise UsageError(f"{path}: a recipe has keys and values, this is {recipe!r}")
     return recipe
 
 
@@ -165,7 +165,7 @@ def _config_class(argv: list[str], recipe: dict[str, Any]) -> type[PeftConfig] |
     name = parser.parse_known_args(argv)[0].peft_type
     known = {member.value: config for member, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name is not None and name not in known:
-        raise ValueError(f"peft_type: unknown {name!r}{suggest(str(name), known)}")
+        raise UsageError(f"peft_type: unknown {name!r}{suggest(str(name), known)}")
     return known[name] if name is not None else None
 
 
@@ -192,15 +192,9 @@ def _adapter_parser(config_cls: type[PeftConfig] | None) -> argparse.ArgumentPar
 def _value(text: str) -> Any:
     """A value as a recipe has it: 8, 1e-3, true, [a, b], {a: 1}, or a string."""
     try:
-        return _exponent(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no YAML; quote it twice, as \"'{text}'\"") from error
-
-
-def _exponent(value: Any) -> Any:
-    """1e-3 is a string in YAML 1.1, for want of a dot."""
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
-    return float(value) if is_number else value
+        return parse_yaml(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error}; quote it twice, as \"'{text}'\"") from error
 
 
 def _hint(word: str, known: set[str]) -> str:
@@ -221,19 +215,20 @@ def _peft_config(
         if getattr(model, name) != getattr(defaults, name):
             bare = name.removeprefix("lora_")
             instead = f"use `{bare}`" if bare in fields else "remove it"
-            raise ValueError(
+            raise UsageError(
                 f"{name}: belongs to TRL's --use_peft, not to peft_type {adapter['peft_type']}; {instead}"
             )
-    values = {k: _exponent(v) for k, v in adapter.items() if k != "peft_type"}
-    return config_cls(**{"task_type": "CAUSAL_LM", **values})
+    values = {k: v for k, v in adapter.items() if k != "peft_type"}
+    with usage_errors(kinds=(ValueError, TypeError)):
+        return config_cls(**{"task_type": "CAUSAL_LM", **values})
 
 
 def _check(script: Any, mixture: DatasetMixtureConfig, task: TaskArguments, peft_config: Any, steer_rate: Any) -> None:
     if task.adapter_name_or_path is not None and peft_config is not None:
-        raise ValueError("adapter_name_or_path: an adapter that exists has its config; remove `peft_type`/`use_peft`")
+        raise UsageError("adapter_name_or_path: an adapter that exists has its config; remove `peft_type`/`use_peft`")
     joint = isinstance(peft_config, peft_steer.JointSteerLoraConfig) or task.adapter_name_or_path is not None
     if steer_rate is not None and not joint:
-        raise ValueError("steer_learning_rate: only a joint adapter (peft_type JOINT_STEER_LORA) has two halves")
+        raise UsageError("steer_learning_rate: only a joint adapter (peft_type JOINT_STEER_LORA) has two halves")
     data_flags = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
     if task.task is None:
         _refuse(
@@ -242,7 +237,7 @@ def _check(script: Any, mixture: DatasetMixtureConfig, task: TaskArguments, peft
             "is about a task; name one with `task`",
         )
         if not (script.dataset_name or mixture.datasets):
-            raise ValueError("nothing to train on: set `task`, `dataset_name` or `datasets`")
+            raise UsageError("nothing to train on: set `task`, `dataset_name` or `datasets`")
     else:
         _refuse(script, ("dataset_name", *data_flags), "`task` is the data; remove one of the two")
         _refuse(mixture, ("datasets", "streaming", "test_split_size"), "`task` is the data; remove one of the two")
@@ -253,4 +248,4 @@ def _refuse(arguments: Any, names: tuple[str, ...], why: str) -> None:
     defaults = type(arguments)()
     for name in names:
         if getattr(arguments, name) != getattr(defaults, name):
-            raise ValueError(f"{name}: {why}")
+            raise UsageError(f"{name}: {why}")

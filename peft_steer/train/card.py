@@ -34,7 +34,7 @@ def make_card(trainer: Trainer, trainer_name: str, base: str, data: str) -> Mode
     return ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
-        name=trainer.hub_model_id or Path(trainer.args.output_dir).name,
+        name=trainer.hub_model_id or Path(str(trainer.args.output_dir)).name,
         adapter_id=trainer.hub_model_id or trainer.args.output_dir,
         base=base,
         base_id=config.base_model_name_or_path if config else None,

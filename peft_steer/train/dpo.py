@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, ScriptArguments
 
 from peft_steer.evaluation.datasets import dpo_dataset
+from peft_steer.utils.errors import UsageError
+from peft_steer_cli import main as console
 
 from .arguments import Arguments
 from .run import Command, task_datasets
@@ -20,7 +22,7 @@ from .run import Command, task_datasets
 
 def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if arguments.task.reward_metric is not None:
-        raise ValueError("reward_metric: only grpo has a reward")
+        raise UsageError("reward_metric: only grpo has a reward")
     seed = arguments.training.seed
     return task_datasets(arguments, lambda split: dpo_dataset(task, split, seed, **arguments.task.chat))
 
@@ -28,4 +30,4 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
 main = Command("dpo", ScriptArguments, DPOConfig, DPOTrainer, _prepare).run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console(["dpo", *sys.argv[1:]]))

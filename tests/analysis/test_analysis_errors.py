@@ -165,7 +165,7 @@ def test_command_refuses(tiny_llama, tmp_path, capsys):
     for words, message in (
         (["--r", "33"], "--r is 33, more than the hidden size 32"),
         (["--probes", "99"], "there are 16 texts"),
-        (["--iterations", "0"], "--iterations is 0, it must be at least 1"),
+        (["--iterations", "0"], "argument --iterations: must be at least 1, not 0"),
     ):
         assert analyze(tmp_path, tiny_llama, "errors", *words) == 2
         assert message in capsys.readouterr().err

@@ -187,7 +187,7 @@ def test_refused(architecture, adapter, message):
 
 
 def test_an_activation_without_a_forward_derivative_is_refused():
-    with pytest.raises(ValueError, match="BloomMLP computes its activation by an autograd function"):
+    with pytest.raises(ValueError, match="BloomMLP computes its activation by its own autograd function"):
         match(update("bloom"), state())
 
 
@@ -204,12 +204,12 @@ def test_command_goes_on_where_it_stopped(tiny_llama, tmp_path, capsys):
     assert table["rank"].iloc[4] == 12345
     assert table["finite_difference"].max() < 1e-6
     assert analyze(tmp_path, tiny_llama, "first-order", "--tokens", "4") == 2
-    assert "first_order.json is of a run with tokens 3 instead of 4" in capsys.readouterr().err
+    assert "first_order.json is from a run with tokens 3 instead of 4" in capsys.readouterr().err
 
 
 def test_command_refuses_what_it_cannot_measure(tiny_llama, tmp_path, capsys):
     for words, message in (
-        (("--tokens", "99"), "--tokens is 99, it must be from 1 to the number of texts, 16"),
+        (("--tokens", "99"), "--tokens is 99, but there are 16 texts"),
         (("--layers_to_transform", "2"), "the blocks are 0 to 1"),
     ):
         assert analyze(tmp_path, tiny_llama, "first-order", *words) == 2

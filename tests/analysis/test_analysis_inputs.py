@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from analysis_models import save_tuned
+from command_line import peft_steer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -21,9 +22,8 @@ from transformers import (
 )
 
 from peft_steer import PostBlockSteerConfig
-from peft_steer.analysis.command import main
-from peft_steer.analysis.distill import command as distill
-from peft_steer.analysis.inputs.texts import add_text_arguments, load_texts
+from peft_steer.analysis.inputs.texts import load_texts
+from peft_steer_cli.inputs import add_text_arguments
 
 
 # files of text, by name
@@ -111,7 +111,7 @@ def refused(folder, tiny_llama, capsys, monkeypatch):
 
     def check(words: list[str], message: str) -> None:
         words = [words[0], "--base", tiny_llama, "--output", "DIR/out", *words[1:]]
-        assert main([word.replace("DIR", str(folder)) for word in words]) == 2
+        assert peft_steer("analyze", *(word.replace("DIR", str(folder)) for word in words)) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1].replace(str(folder), "DIR")
         assert re.search(message, said), said
 
@@ -130,9 +130,9 @@ ORACLE = ["oracle", "--dataset", "DIR/sums.csv", "--tuned"]
         ("deep", "has num_hidden_layers=3 and the base .* has 2"),
         ("words", "has vocab_size=300 and the base .* has 257"),
         ("other_tokenizer", "has another tokenizer than the base .*: they do not read the same tokens. Give the base"),
-        ("nowhere", "is no model: no directory with its config.json, no hub id that can be reached"),
-        ("nothing", "is no model: no directory with its config.json"),
-        ("sums.csv", "is no model: no directory with its config.json"),
+        ("nowhere", "is neither a directory with a config.json nor a hub id that can be reached"),
+        ("nothing", "is neither a directory with a config.json"),
+        ("sums.csv", "is neither a directory with a config.json"),
         ("lora_wide", r"does not belong to the base '.*' \(.* size mismatch for .*, 64\].*, 32\]"),
         (
             "lora_deep",
@@ -155,21 +155,21 @@ ORACLE = ["oracle", "--dataset", "DIR/sums.csv", "--tuned"]
     ],
 )
 def test_tuned(refused, tuned, message):
-    refused([*ORACLE, f"DIR/{tuned}"], f"^peft-steer analyze oracle: --tuned: 'DIR/{tuned}' {message}")
+    refused([*ORACLE, f"DIR/{tuned}"], f"^peft-steer analyze: --tuned: 'DIR/{tuned}' {message}")
 
 
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("DIR/nowhere", "is no model: no directory with its config.json, no hub id that can be reached"),
-        ("nobody/nothing", "is no model: .* no hub id that can be reached"),
-        ("DIR/lora", "is no model: no directory with its config.json"),
-        ("DIR/no_tokenizer", "has no tokenizer that can be loaded; save it there, beside the model"),
+        ("DIR/nowhere", "is neither a directory with a config.json nor a hub id that can be reached"),
+        ("nobody/nothing", "is neither .* nor a hub id that can be reached"),
+        ("DIR/lora", "is neither a directory with a config.json"),
+        ("DIR/no_tokenizer", "has no tokenizer that can be loaded; save one beside the model"),
         ("DIR/t5", "is a t5 model; it must be a causal language model"),
     ],
 )
 def test_base(refused, base, message):
-    refused([*ORACLE, "DIR/lora", "--base", base], f"^peft-steer analyze oracle: --base: '{base}' {message}")
+    refused([*ORACLE, "DIR/lora", "--base", base], f"^peft-steer analyze: --base: '{base}' {message}")
 
 
 def test_a_tokenizer_that_cannot_pad(refused):
@@ -189,12 +189,12 @@ def test_a_tokenizer_that_cannot_pad(refused):
         ("DIR/broken.json", "cannot be read .*JSON parse error"),
         ("DIR/broken.parquet", "cannot be read .*Parquet"),
         ("DIR/columns.csv", r"has the columns \['answer', 'question'\]; it needs `text`, or `prompt` and"),
-        ("DIR/blank.txt", "gives 0 texts of two or more tokens .* at least 1 are needed; give more or longer texts"),
+        ("DIR/blank.txt", "gives 0 texts of two or more tokens .* at least 1 are needed. Give more or longer texts"),
         ("DIR/short.txt", "gives 0 texts of two or more tokens .* or raise --num_texts or --max_length"),
     ],
 )
 def test_dataset(refused, dataset, message):
-    refused(["errors", "--dataset", dataset], f"^peft-steer analyze errors: --dataset: '{dataset}' {message}")
+    refused(["errors", "--dataset", dataset], f"^peft-steer analyze: --dataset: '{dataset}' {message}")
 
 
 @pytest.mark.parametrize(
@@ -206,15 +206,15 @@ def test_dataset(refused, dataset, message):
         (["--include_path", "DIR"], "--include_path is 'DIR', which goes with --task"),
         (["--dataset_config", "en"], "--dataset_config is 'en', and the file 'DIR/sums.csv' has none"),
         (["--split", "tset"], "--dataset: 'DIR/sums.csv' cannot be read .*Bad split: tset. Available splits"),
-        (["--num_texts", "0"], "--num_texts is 0, it must be at least 1"),
-        (["--held_out", "0"], "--held_out is 0, it must be at least 1"),
-        (["--batch_size", "0"], "--batch_size is 0, it must be at least 1"),
-        (["--max_length", "1"], "--max_length is 1, it must be at least 2"),
+        (["--num_texts", "0"], "argument --num_texts: must be at least 1, not 0"),
+        (["--held_out", "0"], "argument --held_out: must be at least 1, not 0"),
+        (["--batch_size", "0"], "argument --batch_size: must be at least 1, not 0"),
+        (["--max_length", "1"], "argument --max_length: must be at least 2, not 1"),
         (["--max_length", "3"], "gives 0 texts .* with an answer .* raise --num_texts or --max_length"),
-        (["--seed=-1"], "--seed is -1, it must be at least 0"),
-        (["--new_tokens", "0"], "--new_tokens is 0, it must be at least 1"),
+        (["--seed=-1"], "argument --seed: must be at least 0, not -1"),
+        (["--new_tokens", "0"], "argument --new_tokens: must be at least 1, not 0"),
         (["--dataset", "DIR/four.txt"], "gives 4 texts of two or more tokens .* at least 5 are needed"),
-        (["--output", "DIR/sums.csv"], "--output: 'DIR/sums.csv' is a file; name a directory"),
+        (["--output", "DIR/sums.csv"], "argument --output/-o: 'DIR/sums.csv' is a file; name a directory"),
     ],
 )
 def test_flags(refused, flags, message):
@@ -227,7 +227,7 @@ def test_flags(refused, flags, message):
         ([], "--task, --dataset: give one of them"),
         (["--task", "listops_short", "--split", "train"], "--split is 'train', which goes with --dataset"),
         (["--task", "listops_short", "--include_path", "DIR/x"], "include_path: there is no folder 'DIR/x'"),
-        (["--task", "listops_short", "--num_fewshot=-1"], "num_fewshot is -1, it must be at least 0"),
+        (["--task", "listops_short", "--num_fewshot=-1"], "argument --num_fewshot: must be at least 0, not -1"),
         (["--task", "listops_short", "--num_fewshot", "2"], "num_fewshot: task 'listops_short' says 0"),
     ],
 )
@@ -238,8 +238,8 @@ def test_tasks(refused, flags, message):
 @pytest.mark.parametrize("analysis", ["oracle", "where", "errors"])
 def test_a_tuned_model_that_is_the_base(tiny_llama, folder, tmp_path, capsys, analysis):
     words = [analysis, "--base", tiny_llama, "--tuned", tiny_llama, "--dataset", str(folder / "sums.csv")]
-    assert main([*words, "--output", str(tmp_path)]) == 2
-    assert "the tuned model does on this text what the base does" in capsys.readouterr().err
+    assert peft_steer("analyze", *words, "--output", tmp_path) == 2
+    assert "on this text the tuned model does what the base does" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,8 @@ def test_singular_moments_are_said(tiny_llama, folder, tmp_path, caplog, analysi
     few = {"errors": ["--iterations", "1"], "linear": ["--held_out", "1", "--ranks", "2"]}
     words += few.get(analysis, ["--held_out", "1"])
     with caplog.at_level(logging.INFO, "peft_steer"):
-        assert (distill.main(words) if analysis == "distill" else main([analysis, *words])) == 0
+        command = ["distill"] if analysis == "distill" else ["analyze", analysis]
+        assert peft_steer(*command, *words) == 0
     matrix = {"oracle": "each dh", "errors": "what each block has to add"}.get(analysis, "block 1")
     assert re.search(f"moment matrix of {matrix} is singular.* vectors of width 32", caplog.text)
-    assert f"{tuned} has no tokenizer: it is taken to read the base's tokens" in caplog.text
+    assert f"{tuned} has no tokenizer: the base's is used" in caplog.text

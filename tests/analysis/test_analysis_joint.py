@@ -4,26 +4,26 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from command_line import peft_steer
 from joint_models import by_qr, joint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import JointSteerLoraConfig
-from peft_steer.analysis.command import main
-from peft_steer.analysis.joint import overlap, overlaps
+from peft_steer.analysis.joint import overlaps, subspace_overlap
 from peft_steer.evaluation.tasks import load_task
 
 
 def test_overlap_of_known_subspaces():
     E = torch.eye(6, dtype=torch.float64)
-    assert overlap(E[:, :2], E[:, 2:5]) == pytest.approx(0)
-    assert overlap(E[:, :2], E[:, 1:4]) == pytest.approx(0.5)  # one of two directions is shared
-    assert overlap(3 * E[:, :2] @ torch.randn(2, 2).double(), E[:, :4]) == pytest.approx(1)
-    assert overlap(torch.cat([E[:, :1], 2 * E[:, :1]], dim=1), E[:, :1]) == pytest.approx(1)
-    assert overlap(torch.cat([E[:, :1], 2 * E[:, :1]], dim=1), E[:, 1:]) == pytest.approx(0)
+    assert subspace_overlap(E[:, :2], E[:, 2:5]) == pytest.approx(0)
+    assert subspace_overlap(E[:, :2], E[:, 1:4]) == pytest.approx(0.5)  # one of two directions is shared
+    assert subspace_overlap(3 * E[:, :2] @ torch.randn(2, 2).double(), E[:, :4]) == pytest.approx(1)
+    assert subspace_overlap(torch.cat([E[:, :1], 2 * E[:, :1]], dim=1), E[:, :1]) == pytest.approx(1)
+    assert subspace_overlap(torch.cat([E[:, :1], 2 * E[:, :1]], dim=1), E[:, 1:]) == pytest.approx(0)
     tilted = torch.cos(torch.tensor(0.3)) * E[:, :1] + torch.sin(torch.tensor(0.3)) * E[:, 1:2]
-    assert overlap(tilted, E[:, :1]) == pytest.approx(torch.cos(torch.tensor(0.3)).item() ** 2)
-    assert torch.isnan(torch.tensor(overlap(torch.zeros(6, 2).double(), E[:, :1])))
+    assert subspace_overlap(tilted, E[:, :1]) == pytest.approx(torch.cos(torch.tensor(0.3)).item() ** 2)
+    assert torch.isnan(torch.tensor(subspace_overlap(torch.zeros(6, 2).double(), E[:, :1])))
 
 
 def test_chance_is_that_of_random_subspaces():
@@ -68,7 +68,7 @@ def adapter(tiny_llama, tmp_path_factory):
 
 def test_command(tiny_llama, adapter, tmp_path):
     words = ["--base", tiny_llama, "--adapter", adapter, "--task", "listops_short", "--limit", "40"]
-    assert main(["joint", *words, "--output", str(tmp_path)]) == 0
+    assert peft_steer("analyze", "joint", *words, "--output", tmp_path) == 0
     found = pd.read_csv(tmp_path / "joint_scores.csv").set_index("halves")["score"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
     for halves, expected in found.items():
@@ -97,7 +97,7 @@ def test_refused(tiny_llama, adapter, tmp_path, capsys):
         (["--adapter", str(tmp_path / "plain"), "--task", "listops_short"], "not a joint one"),
         (["--adapter", str(tmp_path), "--task", "listops"], "has no adapter_config.json that PEFT can read"),
         (["--adapter", adapter, "--task", "listops", "--num_fewshot", "1"], "task 'listops' says 0"),
-        (["--adapter", adapter, "--task", "listops", "--limit", "0"], "--limit is 0"),
+        (["--adapter", adapter, "--task", "listops", "--limit", "0"], "argument --limit: must be at least 1, not 0"),
     ):
-        assert main(["joint", "--base", tiny_llama, *words, "--output", str(tmp_path)]) == 2
+        assert peft_steer("analyze", "joint", "--base", tiny_llama, *words, "--output", tmp_path) == 2
         assert message in capsys.readouterr().err

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import torch
 from analysis_models import pair_of, random_texts, save_tuned, with_adapter
+from command_line import peft_steer
 from peft import get_peft_model
 from tiny import make, randomize
 
 from peft_steer import SteerConfig
-from peft_steer.analysis import command
 from peft_steer.analysis.capture.steering import record
 from peft_steer.analysis.inputs.pairs import Pair
 from peft_steer.analysis.linear import _measured, fit_maps
@@ -77,7 +77,7 @@ def test_the_command(tiny_llama, tmp_path, capsys):
     )
     arguments = ["--base", tiny_llama, "--tuned", tuned, "--dataset", str(tmp_path / "sums.csv")]
     arguments += ["-o", str(tmp_path / "out"), "--ranks", "2", "8", "--new_tokens", "4"]
-    assert command.main(["linear", *arguments, "--compare", other, tuned]) == 0
+    assert peft_steer("analyze", "linear", *arguments, "--compare", other, tuned) == 0
     result = json.loads((tmp_path / "out/linear.json").read_text())
     models = pd.DataFrame(result["rows"]).set_index(["model", "r"])
     assert [name for name, _ in models.index] == ["base", *["linear map"] * 2, *["affine map"] * 2, other, tuned]
@@ -88,9 +88,9 @@ def test_the_command(tiny_llama, tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / "out/linear_errors.csv")) == 2 * 2 * 2  # blocks, kinds, ranks
     assert (tmp_path / "out/linear.png").stat().st_size > 1000
     for flags, message in (
-        (["--ranks", "64"], "between 1 and the hidden size 32"),
-        (["--ridge=-1"], "--ridge is -1.0"),
+        (["--ranks", "64"], "--ranks: 64 is more than the hidden size 32"),
+        (["--ridge=-1"], "argument --ridge: must be at least 0, not -1"),
         (["--compare", str(tmp_path)], "adapter_config.json"),
     ):
-        assert command.main(["linear", *arguments, *flags]) == 2
+        assert peft_steer("analyze", "linear", *arguments, *flags) == 2
         assert message in capsys.readouterr().err

@@ -5,10 +5,9 @@ import json
 import pandas as pd
 import pytest
 from analysis_models import save_tuned
+from command_line import peft_steer
 from tiny import BASES
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from peft_steer.analysis import command
 
 
 ANALYSES = {
@@ -37,7 +36,7 @@ def test_quantized(name, flag, tiny_llama, tmp_path):
     for base, flags in ((tiny_llama, [flag]), (plain, [])):
         out = tmp_path / f"out{len(found)}"
         arguments = ["--base", base, "--tuned", tuned, "--dataset", str(tmp_path / "sums.csv"), "-o", str(out)]
-        assert command.main([name, *arguments, *words, *flags]) == 0
+        assert peft_steer("analyze", name, *arguments, *words, *flags) == 0
         result = json.loads((out / f"{name.replace('-', '_')}.json").read_text())
         assert result[flag.removeprefix("--")] == bool(flags)
         found.append(pd.DataFrame(result["rows"])[columns])

@@ -6,14 +6,13 @@ import logging
 import pytest
 import torch
 from analysis_models import analyze, save_tuned
+from command_line import peft_steer
 from filelock import FileLock
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from peft_steer import LoreftConfig
 from peft_steer.analysis.capture import streams
-from peft_steer.analysis.command import main
-from peft_steer.analysis.distill import command as distill
 
 
 @pytest.fixture
@@ -27,17 +26,17 @@ def arguments(tiny_llama, tmp_path) -> list[str]:
 
 def test_first_order_goes_on_with_the_same_models_only(arguments, tiny_llama, tmp_path, capsys):
     words = ["first-order", *arguments, "--tokens", "2"]
-    assert main([*words, "--layers_to_transform", "1"]) == 0
+    assert peft_steer("analyze", *words, "--layers_to_transform", "1") == 0
     rows = json.loads((tmp_path / "out/first_order.json").read_text())["rows"]
     assert {row["block"] for row in rows} == {1}
-    assert main(words) == 0
+    assert peft_steer("analyze", *words) == 0
     after = json.loads((tmp_path / "out/first_order.json").read_text())["rows"]
     assert {row["block"] for row in after} == {0, 1}
     assert [row for row in after if row["block"] == 1] == rows
     save_tuned(tiny_llama, tmp_path / "tuned", LoraConfig(r=4, target_modules="all-linear"))
-    assert main(words) == 2
-    assert "is of a run with files " in capsys.readouterr().err
-    assert main([*words, "--max_length", "5"]) == 2
+    assert peft_steer("analyze", *words) == 2
+    assert "is from a run with files " in capsys.readouterr().err
+    assert peft_steer("analyze", *words, "--max_length", "5") == 2
     assert "max_length 512 instead of 5" in capsys.readouterr().err
 
 
@@ -45,19 +44,20 @@ def test_first_order_goes_on_with_the_same_models_only(arguments, tiny_llama, tm
 def test_two_runs_in_one_directory(arguments, tmp_path, capsys, analysis):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"):
-        assert (distill.main(arguments) if analysis == "distill" else main([analysis, *arguments])) == 2
+        command = ["distill"] if analysis == "distill" else ["analyze", analysis]
+        assert peft_steer(*command, *arguments) == 2
     assert "--output: another run is at work in" in capsys.readouterr().err
 
 
 def test_the_printed_command_scores_the_same_model(arguments, capsys):
-    assert distill.main([*arguments, "--load_in_4bit"]) == 0
+    assert peft_steer("distill", *arguments, "--load_in_4bit") == 0
     assert ",load_in_4bit=True,peft=" in capsys.readouterr().out
 
 
 def test_whole_models_are_not_compared_with_quantized_bases(arguments, tiny_llama, tmp_path, capsys, monkeypatch):
     tuned = save_tuned(tiny_llama, tmp_path / "full", "full")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    assert main(["where", *arguments, "--tuned", tuned, "--load_in_4bit"]) == 2
+    assert peft_steer("analyze", "where", *arguments, "--tuned", tuned, "--load_in_4bit") == 2
     assert "--tuned is a whole model, which is not quantized" in capsys.readouterr().err
 
 
@@ -77,19 +77,19 @@ def test_a_head_that_no_edit_can_follow_is_said(arguments, tiny_llama, tmp_path,
             linear.weight.mul_(1.2)
     model.save_pretrained(tmp_path / "head")
     with caplog.at_level(logging.WARNING, "peft_steer"):
-        assert distill.main([*arguments, "--tuned", str(tmp_path / "head")]) == 0
-    assert "changes what follows the blocks, its final norm or head" in caplog.text
+        assert peft_steer("distill", *arguments, "--tuned", str(tmp_path / "head")) == 0
+    assert "changes what follows the blocks (its final norm or head)" in caplog.text
     found = json.loads((tmp_path / "out/distill.json").read_text())
     assert found["out_of_reach"] > 1e-3
 
 
 def test_states_that_do_not_fit_on_the_disk(arguments, capsys, monkeypatch):
     monkeypatch.setattr(streams.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10_000}))
-    assert distill.main(arguments) == 2
+    assert peft_steer("distill", *arguments) == 2
     assert "GB; name a larger directory in the environment variable TMPDIR" in capsys.readouterr().err
 
 
 def test_texts_that_are_cut_before_their_answers_are_counted(arguments, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "peft_steer"):
-        assert main(["where", *arguments, "--max_length", "5"]) == 0
-    assert "10 of 20 texts are left out, of whose answers --max_length 5 leaves nothing" in caplog.text
+        assert peft_steer("analyze", "where", *arguments, "--max_length", "5") == 0
+    assert "10 of 20 texts are left out: --max_length 5 cuts off their whole answer" in caplog.text

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from analysis_models import load_quantized, pair_of, random_texts, save_tuned, tuned_blocks, with_adapter
+from command_line import peft_steer
 from peft import PeftModel, get_peft_model
 from tiny import DECODERS, make, randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_steer import SteerConfig
 from peft_steer.analysis.capture.steering import record
 from peft_steer.analysis.capture.streams import streams
-from peft_steer.analysis.distill import command
 from peft_steer.analysis.distill.fitting import fit_blocks
 from peft_steer.analysis.distill.students import adapter_of, distances
 from peft_steer.analysis.inputs.pairs import Pair, blocks_of
@@ -82,7 +82,7 @@ def test_a_looser_error_takes_smaller_ranks(caplog):
         blocks = fit_blocks(pair, texts(), texts(seed=1), max_error=max_error)
         ranks[max_error] = sum(block.r for block in blocks)
         for block in blocks:
-            assert block.error_held_out <= max_error or f"{block.name}: no rank comes below" in caplog.text
+            assert block.error_held_out <= max_error or f"{block.name}: no rank reaches" in caplog.text
     assert ranks[0.6] < ranks[0.05]
 
 
@@ -110,7 +110,7 @@ def test_errors_are_those_of_the_adapter(caplog):
         assert [getattr(block, name) for block in blocks] == pytest.approx(expected, rel=1e-3)
     for block in blocks:  # (with so little text, the errors on it are much smaller)
         assert block.error < 0.9 * block.error_held_out
-        assert block.error_held_out <= 0.8 or f"{block.name}: no rank comes below" in caplog.text
+        assert block.error_held_out <= 0.8 or f"{block.name}: no rank reaches" in caplog.text
 
 
 def test_only_blocks_that_can_differ_are_steered():
@@ -143,7 +143,7 @@ def test_the_command(tiny_llama, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--base", tiny_llama, "--tuned", tuned, "--task", "listops_short", "--num-texts", "24"]
     arguments += ["--held-out", "6", "-o", str(out), "--max-error", "0.5", "--train-steps", "3", "--from-scratch"]
-    assert command.main([*arguments, "--evaluate", "--limit", "4"]) == 0
+    assert peft_steer("distill", *arguments, "--evaluate", "--limit", "4") == 0
     printed = capsys.readouterr().out
     assert f"peft={out}" in printed
     result = json.loads((out / "distill.json").read_text())
@@ -165,14 +165,15 @@ def test_the_command(tiny_llama, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--r", "0"], "--r is 0, it must be at least 1"),
+        (["--r", "0"], "argument --r: must be at least 1, not 0"),
         (["--r", "33"], "--r is 33, more than the hidden size 32"),
-        (["--max-error", "0"], "--max_error is 0.0, it must be positive"),
-        (["--ridge=-1"], "--ridge is -1.0, it must be at least 0"),
-        (["--from-scratch=0"], "--from_scratch is 0.0, it must be positive"),
-        (["--learning-rate=0"], "--learning_rate is 0.0, it must be positive"),
-        (["--limit", "5"], "--limit is 5, it must be at least 1, with --evaluate"),
-        (["--evaluate", "--dataset", "x"], "--evaluate is True, it must have a --task to score on"),
+        (["--max-error", "0"], "argument --max_error: must be above 0, not 0"),
+        (["--ridge=-1"], "argument --ridge: must be at least 0, not -1"),
+        (["--from-scratch=0"], "argument --from_scratch: must be above 0, not 0"),
+        (["--learning-rate=0"], "argument --learning_rate: must be above 0, not 0"),
+        (["--learning-rate", "1e-3"], "--learning_rate is 0.001, which needs --train_steps"),
+        (["--limit", "5"], "--limit is 5, which needs --evaluate"),
+        (["--evaluate", "--dataset", "x"], "--evaluate needs a --task to score on"),
         (["--dataset", "x"], "--task, --dataset: give one of them"),
     ],
 )
@@ -180,16 +181,18 @@ def test_bad_input(tiny_llama, tmp_path, capsys, monkeypatch, flags, message):
     tuned = save_tuned(tiny_llama, tmp_path / "tuned", "lora")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # nothing is loaded before the message
     task = [] if "--evaluate" in flags else ["--task", "listops_short"]
-    assert command.main(["--base", tiny_llama, "--tuned", tuned, *task, "-o", str(tmp_path / "out"), *flags]) == 2
+    assert (
+        peft_steer("distill", "--base", tiny_llama, "--tuned", tuned, *task, "-o", str(tmp_path / "out"), *flags) == 2
+    )
     assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_distilled(tiny_llama, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("".join(f"{a}+{a}={a + a}\n" for a in range(12)))
     arguments = ["--base", tiny_llama, "--dataset", str(tmp_path / "text.txt"), "-o", str(tmp_path / "out")]
-    assert command.main([*arguments, "--tuned", tiny_llama]) == 2
+    assert peft_steer("distill", *arguments, "--tuned", tiny_llama) == 2
     assert "there is nothing to distil" in capsys.readouterr().err
     model = linear(AutoModelForCausalLM.from_pretrained(tiny_llama), positions="last")
     model.save_pretrained(tmp_path / "last")
-    assert command.main([*arguments, "--tuned", str(tmp_path / "last")]) == 2
+    assert peft_steer("distill", *arguments, "--tuned", str(tmp_path / "last")) == 2
     assert "positions='last'" in capsys.readouterr().err

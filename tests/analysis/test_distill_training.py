@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from analysis_models import random_texts, save_tuned, tuned_blocks
+from command_line import peft_steer
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import make
@@ -122,12 +123,12 @@ def test_an_interrupted_command_goes_on(tiny_llama, tmp_path, monkeypatch, capsy
     arguments = ["--base", tiny_llama, "--tuned", tuned, "--dataset", str(tmp_path / "sums.csv"), "--train-steps", "4"]
 
     def run(folder: str, *more: str) -> int:
-        return command.main([*arguments, "-o", str(tmp_path / folder), *more])
+        return peft_steer("distill", *arguments, "-o", tmp_path / folder, *more)
 
     assert run("whole") == 0
     interrupted(monkeypatch, 3, run, "parts")
     assert run("parts", "--train-steps", "5") == 2
-    assert "is of a run with train_steps 4 instead of 5; choose" in capsys.readouterr().err
+    assert "is from a run with train_steps 4 instead of 5; choose" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(command, "fit_blocks", None)  # it is not repeated
         assert run("parts") == 0

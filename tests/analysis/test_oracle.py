@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from analysis_models import load_quantized, random_texts, save_tuned, tuned_blocks, with_adapter
+from command_line import peft_steer
 from tiny import DECODERS, VOCAB, inputs, logits, make
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from peft_steer.analysis import command
 from peft_steer.analysis.capture.generation import continuations
 from peft_steer.analysis.capture.steering import edited, oracle, record
 from peft_steer.analysis.inputs.pairs import Pair, blocks_of
@@ -220,7 +220,7 @@ def test_the_command(tiny_llama, tmp_path, capsys):
     tuned = save_tuned(tiny_llama, tmp_path / "tuned", "lora")
     arguments = ["--base", tiny_llama, "--tuned", tuned, "--task", "listops_short", "--num-texts", "24"]
     arguments += ["--held-out", "4", "--new_tokens", "3", "--batch_size=6", "-o", str(tmp_path / "out")]
-    assert command.main(["oracle", *arguments]) == 0
+    assert peft_steer("analyze", "oracle", *arguments) == 0
     assert "attention+mlp" in capsys.readouterr().out
     result = json.loads((tmp_path / "out/oracle.json").read_text())
     assert result["same_generations"] == 1

@@ -16,10 +16,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_steer.bench.command import main
 from peft_steer.bench.grid.plan import Cell
 from peft_steer.bench.store import Store
 from peft_steer.evaluation import tasks
+from peft_steer_cli import main
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -39,7 +39,7 @@ def finished(tiny_llama, tmp_path_factory):
     # An optimizer that is not installed, which the trainer finds out.
     wrong = {**LORA, "name": "wrong", "train": {"optim": "lomo"}}
     grid = write_grid(folder, model=tiny_llama, methods=[BASE, wrong, LORA, STEER, FULL, LOFIT, JOLA])
-    return main([str(grid), "--output", str(folder / "out")]), folder / "out", grid
+    return main(["bench", str(grid), "--output", str(folder / "out")]), folder / "out", grid
 
 
 def test_a_failing_method_leaves_the_others(finished):
@@ -114,7 +114,7 @@ def test_the_report_of_a_run(finished):
 def test_a_rerun_repeats_only_what_failed(finished, capsys, tmp_path):
     code, folder, grid = finished
     before = {path: (path.stat().st_mtime_ns, path.read_text()) for path in (folder / "cells").iterdir()}
-    assert main([str(grid), "--output", str(folder), "--export-peft", str(tmp_path)]) == code == 1
+    assert main(["bench", str(grid), "--output", str(folder), "--export-peft", str(tmp_path)]) == code == 1
     printed = capsys.readouterr().out
     assert printed.count("finished before") == 6
     for path, (mtime, text) in before.items():
@@ -131,6 +131,8 @@ def test_a_rerun_repeats_only_what_failed(finished, capsys, tmp_path):
     assert "LoRA-lr_0.01: no experiment for PEFT's benchmark: its lr_scheduler_type is cosine or constant" in printed
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_killed_half_way(tiny_llama, tmp_path):
     out = tmp_path / "out"
     grid = write_grid(tmp_path, model=tiny_llama, methods=[BASE, {**LORA, "train": {"max_steps": 100_000}}])
@@ -158,7 +160,7 @@ def test_killed_half_way(tiny_llama, tmp_path):
         pytest.fail("a killed run left its training behind")
     before = (out / "cells" / f"{cells_of(grid)[0].key}.json").stat().st_mtime_ns
     short = write_grid(tmp_path, model=tiny_llama, methods=[BASE, LORA])
-    assert main([str(short), "--output", str(out)]) == 0
+    assert main(["bench", str(short), "--output", str(out)]) == 0
     assert set(results(out)) == {"base", "LoRA"}
     assert (out / "cells" / f"{cells_of(short)[0].key}.json").stat().st_mtime_ns == before
 
@@ -176,7 +178,7 @@ def test_training_learns_the_answers_only(tiny_llama, tmp_path):
     train = {"max_steps": 40, "per_device_train_batch_size": 8, "logging_steps": 1}
     train["train_sampling_strategy"] = "sequential"
     grid = write_grid(tmp_path, model=tiny_llama, train=train, methods=[{**LORA, "r": 8}])
-    assert main([str(grid), "--output", str(tmp_path / "out")]) == 0
+    assert main(["bench", str(grid), "--output", str(tmp_path / "out")]) == 0
     losses = [loss for _, loss in results(tmp_path / "out")["LoRA"]["loss"]]
     # The adapter starts as the identity: the first loss is the base's, on the first eight answers and nothing else.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)

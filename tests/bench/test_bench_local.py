@@ -28,6 +28,8 @@ def test_a_failed_cell_leaves_the_others(bench_reference):
     assert len(results[3]["loss"]) == 2
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_at_a_time_and_a_killed_worker(bench_reference, tiny_llama, tmp_path, capfd):
     cells, results, _ = bench_reference
     endless = make_cell(tiny_llama, "endless", LORA, train={"max_steps": 10**6, "per_device_train_batch_size": 1})
@@ -59,6 +61,8 @@ def test_two_at_a_time_and_a_killed_worker(bench_reference, tiny_llama, tmp_path
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_runners_and_one_is_killed(bench_reference, tmp_path, capfd):
     """Each cell is run by one of them, but for the one that the killed runner had begun."""
     cells, results, _ = bench_reference
@@ -92,6 +96,7 @@ def begun_and_ended(output: str) -> tuple[set[str], set[str]]:
     return begun, {line for line in begun if any(other.startswith(f"{line}: ") for other in lines)}
 
 
+@pytest.mark.multiprocess
 def test_runners_wait_for_each_other(bench_reference, tiny_llama, tmp_path, capsys):
     cells, _, _ = bench_reference
     store, cell = Store(tmp_path), cells[0]
@@ -108,6 +113,8 @@ def test_runners_wait_for_each_other(bench_reference, tiny_llama, tmp_path, caps
     assert "1 cells are run by another runner" in capsys.readouterr().out
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_processes_that_train_a_cell_together(bench_reference, tmp_path):
     cells, results, _ = bench_reference
     together = [replace(cell, processes=2) for cell in cells if cell.name in ("wrong", "steering")]
@@ -138,7 +145,7 @@ def test_gpus_are_divided_among_the_jobs():
     ],
 )
 def test_cells_that_do_not_fit_this_machine(monkeypatch, tmp_path, visible, jobs, changes, message):
-    monkeypatch.setattr(local, "_visible_gpus", lambda: visible)
+    monkeypatch.setattr(local, "visible_accelerators", lambda: visible)
     with pytest.raises(ValueError, match=message):
         run_cells([make_cell("unused", "LoRA", LORA, **changes)], Store(tmp_path), LocalEngine(jobs))
 
@@ -147,7 +154,7 @@ def test_cells_that_do_not_fit_this_machine(monkeypatch, tmp_path, visible, jobs
     ("arguments", "message"),
     [
         ({"jobs": 0}, "--jobs 0: at least one"),
-        ({"name": "slurm"}, "--engine slurm: there are 'local' and 'ray'"),
+        ({"name": "slurm"}, "--engine slurm: must be 'local' or 'ray'"),
         ({"address": "auto"}, "--address auto: only --engine ray has one"),
     ],
 )

@@ -16,7 +16,10 @@ from peft_steer.bench.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH: make browser"),
+]
 EVIL = "<b>x</b></script><script>document.title = 'run'</script> & $y_1$"
 WIDTHS = {"desktop": (1400, 1000), "phone": (420, 900)}
 
@@ -81,7 +84,7 @@ def test_the_figures_are_drawn(page):
     titles = [title.text for title in page.find_elements(By.CSS_SELECTOR, ".figures h3")]
     assert titles == [
         *("Score and trainable parameters", "Score and cost", "Every pair"),
-        *("Learning rates, on the validation split", "Training loss"),
+        *("Learning rates, on the validation split", "Training loss", "Gain against loss"),
         *("Score and trainable parameters", "Score and cost", "Training loss"),
     ]
     count = (

@@ -101,7 +101,7 @@ def test_an_experiment(tmp_path):
         ({"train": {**TRAIN, "lr_scheduler_type": "linear"}}, "lr_scheduler_type is cosine or constant, not 'linear'"),
         ({"train": {**TRAIN, "warmup_steps": 0.03}}, "its warm-up is 50 of 500 steps, not 15: set warmup_steps"),
         ({"train": {"num_train_epochs": 2}}, "its length is in steps: set max_steps (num_train_epochs is 2)"),
-        ({"train": {**TRAIN, "optim": "sgd"}}, "optim: 'sgd' is none of"),
+        ({"train": {**TRAIN, "optim": "sgd"}}, "optim: 'sgd' is not one of"),
         (
             {"train": TRAIN, "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
             "with the defaults of BitsAndBytesConfig, without bnb_4bit_quant_type",

@@ -5,11 +5,11 @@ import re
 import pytest
 from grids import BASE, FULL, LORA, STEER, cells_of, write_grid
 
-from peft_steer.bench.command import main
 from peft_steer.bench.grid.candidates import _nearest, contenders
 from peft_steer.bench.grid.parse import load_grid
 from peft_steer.bench.grid.plan import Cell
 from peft_steer.bench.grid.protocol import planned, run_grid
+from peft_steer_cli import main
 
 
 def test_a_grid_means_its_cells(tiny_llama, tmp_path):
@@ -166,7 +166,7 @@ def test_the_nearest_rank(size, budget):
 def test_a_method_that_does_not_fit(tiny_llama, tmp_path, capsys):
     wrong = {**LORA, "name": "wrong", "target_modules": ["no_such_module"]}
     path = write_grid(tmp_path, model=tiny_llama, methods=[BASE, wrong])
-    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert main(["bench", str(path), "--output", str(tmp_path / "out")]) == 2
     assert re.search("method 'wrong' does not fit .*no_such_module", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -180,7 +180,7 @@ def test_the_same_run_twice(tiny_llama, tmp_path):
 def test_dry_run(tiny_llama, tmp_path, capsys):
     swept = {**LORA, "learning_rate": [0.1, 0.2]}
     path = write_grid(tmp_path, model=tiny_llama, methods=[BASE, swept], limit=None)
-    assert main([str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert main(["bench", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "4 runs: 2 to choose on validation, 2 after it." in printed
     rows = [[text.strip() for text in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
@@ -200,8 +200,8 @@ def test_dry_run(tiny_llama, tmp_path, capsys):
         ({"tsak": "listops"}, r"tsak: unknown key, did you mean 'task'\?"),
         ({"task": None}, "task: is missing"),
         ({"methods": []}, "methods: is missing"),
-        ({"split": "tets"}, r"split: 'tets' is none of \('validation', 'test'\)"),
-        ({"dtype": "int8"}, "dtype: 'int8' is none of"),
+        ({"split": "tets"}, r"split: 'tets' is not one of \('validation', 'test'\)"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
         ({"limit": 0}, "limit: 0 is below 1"),
         ({"limit": "many"}, "limit: expected int, got 'many'"),
         ({"seeds": ["a"]}, "seeds: expected int, got 'a'"),
@@ -215,9 +215,12 @@ def test_dry_run(tiny_llama, tmp_path, capsys):
         ({"methods": [{**LORA, "rank": 3}]}, "method 'LoRA': rank: unknown key"),
         ({"methods": [{**LORA, "target_module": "q_proj"}]}, "did you mean 'target_modules'"),
         ({"methods": [{**STEER, "kind": "cubic"}]}, "method 'post-block': .*kind='cubic'"),
-        ({"methods": [{**LORA, "learning_rate": "fast"}]}, "method 'LoRA': learning_rate: 'fast' is no number"),
+        ({"methods": [{**LORA, "learning_rate": "fast"}]}, "method 'LoRA': learning_rate: 'fast' is not a number"),
         ({"methods": [{**LORA, "learning_rate": -1.0}]}, "method 'LoRA': learning_rate: -1.0 is not above 0"),
-        ({"methods": [{**LORA, "learning_rate": ["0.001"]}]}, "learning_rate: '0.001' is no number .write it without"),
+        (
+            {"methods": [{**LORA, "learning_rate": ["0.001"]}]},
+            "learning_rate: '0.001' is not a number .write it without",
+        ),
         (
             {"methods": [{**LORA, "learning_rate": [0.1, 0.1]}]},
             r"'LoRA': learning_rate: \[0.1, 0.1\] has a value twice",
@@ -233,12 +236,12 @@ def test_dry_run(tiny_llama, tmp_path, capsys):
         ({"methods": [{**LORA, "matched": "r"}]}, "matched: the grid has no `match` that says to what"),
         ({"match": "lora"}, r"match: no method has the name 'lora', did you mean 'LoRA'\?"),
         ({"match": "post-block", "methods": [{**LORA, "matched": "r"}, STEER]}, "r: is given, and to be matched too"),
-        ({"match": "post-block", "methods": [{**LORA, "matched": "q"}, STEER]}, "'q' is no field of LORA"),
+        ({"match": "post-block", "methods": [{**LORA, "matched": "q"}, STEER]}, "'q' is not a field of LORA"),
         ({"models": ["a"]}, "model and models: give one of them"),
         ({"task": None, "tasks": ["listops", "listops"]}, r"tasks: the names \['listops'\] occur twice"),
         ({"task": {"name": "listops", "limt": 3}}, r"tasks\[0\]: limt: unknown key, did you mean 'limit'\?"),
         ({"model": {"name": "a", "quantization": {"load_in_3bit": True}}}, "quantization: load_in_3bit: unknown key"),
-        ({"gpus": -1}, "gpus: -1 is no number of at least 0"),
+        ({"gpus": -1}, "gpus: must be a number of at least 0, not -1"),
         ({"processes": 0}, "processes: 0 is below 1"),
         ({"seeds": []}, "seeds: the list is empty"),
         ({"forgetting": "nowhere.txt"}, "forgetting: there is no text file .*nowhere.txt"),
@@ -254,7 +257,7 @@ def test_bad_grids(tmp_path, capsys, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         load_grid(path)
     assert str(error.value).startswith(f"{path}: ")
-    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert main(["bench", str(path), "--output", str(tmp_path / "out")]) == 2
     assert str(error.value) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -262,5 +265,5 @@ def test_bad_grids(tmp_path, capsys, changes, message):
 def test_no_yaml(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("model: [")
-    with pytest.raises(ValueError, match="is no valid YAML"):
+    with pytest.raises(ValueError, match="is not valid YAML"):
         load_grid(path)

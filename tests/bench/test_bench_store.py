@@ -107,9 +107,9 @@ def test_a_dead_holders_lock_is_free_and_what_it_left_is_removed(tmp_path):
     path = tmp_path / "locks" / f"{CELL.training_key}.lock"
     process = subprocess.Popen([sys.executable, "-c", holder, str(path)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
-    left = [tmp_path / "cells" / f"{CELL.key}.json.1.partial", tmp_path / "cells" / f"{OTHER.key}.json.1.partial"]
-    for file in left:
-        file.write_text("{")
+    left = [tmp_path / "cells" / f"{cell.key}.json.1.partial" for cell in (CELL, OTHER)]
+    for folder in left:
+        folder.mkdir()
     (tmp_path / "adapters" / f"{CELL.training_key}.xyz.partial").mkdir()
     assert store.lock(CELL) is None
     process.kill()
@@ -120,6 +120,7 @@ def test_a_dead_holders_lock_is_free_and_what_it_left_is_removed(tmp_path):
     assert list((tmp_path / "adapters").iterdir()) == []
 
 
+@pytest.mark.multiprocess
 def test_killed_in_the_middle_of_writing(tmp_path):
     """Whatever the moment, each file is of one writing, and each adapter complete."""
     store = Store(tmp_path)

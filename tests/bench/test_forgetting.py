@@ -10,8 +10,8 @@ from tiny import randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import PostBlockSteerConfig
-from peft_steer.bench.command import main
 from peft_steer.bench.run import forgetting
+from peft_steer_cli import main
 
 
 TEXT = "It rained, and then it rained again."
@@ -58,7 +58,7 @@ def test_the_loss_of_every_token_but_a_windows_first(tiny_llama, text, monkeypat
 def test_a_cell_measures_it_before_and_after(tiny_llama, tmp_path, text):
     methods = [BASE, {**STEER, "positions": "f1+l2"}]
     grid = write_grid(tmp_path, model=tiny_llama, forgetting="text.txt", methods=methods)
-    assert main([str(grid), "--output", str(tmp_path / "out")]) == 0
+    assert main(["bench", str(grid), "--output", str(tmp_path / "out")]) == 0
     found = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").iterdir()]
     results = {result["cell"]["name"]: result for result in found}
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)

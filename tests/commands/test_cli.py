@@ -12,8 +12,11 @@ from saved import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import PostBlockSteerConfig
-from peft_steer.commands import cli
+from peft_steer.commands import shell
+from peft_steer.cost import methods
 from peft_steer.evaluation.tasks import OUR_TASKS
+from peft_steer.utils.errors import UsageError
+from peft_steer_cli import cost, main
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -31,6 +34,7 @@ def answers(model: torch.nn.Module, model_path: str, expressions: list[str]) -> 
     return torch.stack(logits).log_softmax(-1)[:, digits]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harness_model", "config"),
     [
@@ -60,14 +64,61 @@ def test_lm_eval_evaluates_saved_adapters(tiny_llama, tmp_path, harness_model, c
     torch.testing.assert_close(scores, answers(adapted, tiny_llama, expressions), atol=1e-4, rtol=1e-4)
 
 
-def test_usage(monkeypatch, capsys):
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["peft-steer", *arguments])
-        return cli.main()
-
-    assert run("--help") == 0
+def test_usage(capsys):
+    assert main(["--help"]) == 0
     usage = capsys.readouterr().out
     assert all(name in usage for name in ("bench", "cost", "lm-eval"))
-    assert run() == 2
-    assert run("benhc") == 2
-    assert "unknown command 'benhc'" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["benhc"]) == 2
+    assert "unknown command 'benhc', did you mean 'bench'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "output"),
+    [
+        ([], 2, "usage: peft-steer COMMAND"),
+        (["--help"], 0, "usage: peft-steer COMMAND"),
+        (["analize"], 2, "did you mean 'analyze'?"),
+        (["bench", "--help"], 0, "--dry-run"),
+        (["bench", "grid.yaml", "--jobs", "0"], 2, "--jobs: must be at least 1, not 0"),
+        (
+            ["bench", "grid.yaml", "--dry-run", "--export-peft"],
+            2,
+            "expected one argument",
+        ),
+        (["tasks", "--help"], 0, "--include_path"),
+        (["cost", "--help"], 0, "--random_weights"),
+        (["analyze", "--help"], 0, "first-order"),
+        (["analyze", "oracle", "--help"], 0, "--tuned"),
+        (["analyze", "orcale"], 2, "invalid choice: 'orcale'"),
+        (["distill", "--help"], 0, "--max_error"),
+        (["distill", "--max-error", "-1"], 2, "--max_error: must be above 0, not -1"),
+    ],
+)
+def test_help_and_mistyped_commands_import_nothing(words, code, output):
+    script = (
+        "import sys; from peft_steer_cli import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'peft', 'peft_steer'} & set(sys.modules); sys.exit(code)"
+    )
+    process = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert process.returncode == code, process.stderr
+    assert output in process.stdout + process.stderr
+
+
+def test_the_help_of_cost_names_its_presets():
+    assert tuple(methods.PRESETS) == cost.PRESETS
+
+
+def test_mistakes_are_reported_and_faults_keep_their_traceback(monkeypatch, capsys):
+    def mistaken(arguments):
+        raise UsageError("--r is 0, it must be at least 1")
+
+    def faulty(arguments):
+        raise ValueError("of torch, hours in")
+
+    monkeypatch.setattr(shell, "mistaken", mistaken, raising=False)
+    monkeypatch.setattr(shell, "faulty", faulty, raising=False)
+    assert shell.run("peft-steer x", "peft_steer.commands.shell:mistaken", []) == 2
+    assert capsys.readouterr().err == "peft-steer x: --r is 0, it must be at least 1\n"
+    with pytest.raises(ValueError, match="hours in"):
+        shell.run("peft-steer x", "peft_steer.commands.shell:faulty", [])

@@ -79,6 +79,8 @@ def test_bad_lists_of_adapters(tiny_llama, adapters, command, capsys, model, pef
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_processes(tiny_llama, adapters, command, tmp_path):
     """`accelerate launch` on CPUs: each process evaluates a part of the documents, one writes all the results."""
     with socket.socket() as s:

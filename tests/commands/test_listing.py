@@ -6,12 +6,12 @@ import re
 import paper_data
 import pytest
 
-from peft_steer.commands import tasks as listing
 from peft_steer.evaluation.tasks import OUR_TASKS
+from peft_steer_cli import main
 
 
 def run(capsys, *arguments: str) -> str:
-    assert listing.main(list(arguments)) == 0
+    assert main(["tasks", *arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -40,7 +40,7 @@ def test_one_task_with_a_prompt(capsys, tmp_path):
     assert "Loaded: 20 / 16 / 4." in out
     assert "  | Passage: The bridge was built of oak.\n" in out
     assert out.endswith("  | Answer: False.\n")
-    assert "No example: Couldn't reach 'google/boolq' on the Hub" in run(capsys, "steer_boolq")
+    assert "No example: task 'steer_boolq': Couldn't reach 'google/boolq' on the Hub" in run(capsys, "steer_boolq")
     assert run(capsys, "steer_paper").startswith("steer_paper: a group of steer_boolq, ")
 
 
@@ -48,16 +48,15 @@ def test_one_task_with_a_prompt(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["steer_bolq"], "there is no task 'steer_bolq', did you mean 'steer_boolq'?"),
-        (["listops", "--include_path", "nowhere"], "include_path: there is no folder 'nowhere'"),
+        (["listops", "--include_path", "nowhere"], "--include_path: there is no folder 'nowhere'"),
     ],
 )
 def test_what_is_not_there(arguments, message, capsys):
-    assert listing.main(arguments) == 2
+    assert main(["tasks", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "message"), [("{max_depth: 6}", "is no JSON:"), ("6", "is no JSON object")])
+@pytest.mark.parametrize(("text", "message"), [("{max_depth: 6}", "is not JSON:"), ("6", "is not a JSON object")])
 def test_metadata_are_json(text, message, capsys):
-    with pytest.raises(SystemExit):
-        listing.main(["listops", "--metadata", text])
+    assert main(["tasks", "listops", "--metadata", text]) == 2
     assert message in capsys.readouterr().err

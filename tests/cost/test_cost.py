@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from command_line import peft_steer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_steer import SteerConfig
-from peft_steer.cost import main, measure, saved_bytes
+from peft_steer.cost import measure, saved_bytes
 from peft_steer.cost.allocator import peak_bytes
 from peft_steer.cost.methods import FLOOR, PRESETS, adapt, parse_method, share
 
@@ -126,7 +127,7 @@ def test_presets_train(name):
 
 
 def test_any_peft_method_can_be_written_out():
-    config = parse_method("LORA:r=3,target_modules=[q_proj, v_proj],lora_dropout=0.5")
+    config = parse_method("LORA:r=3,target_modules=[q_proj, v_proj],lora_dropout=5e-1")
     assert (type(config), config.r, config.target_modules, config.lora_dropout) == (
         LoraConfig, 3, {"q_proj", "v_proj"}, 0.5,
     )  # fmt: skip
@@ -194,7 +195,7 @@ def model_dir(tmp_path):
 def test_the_command_measures_all_methods_side_by_side(model_dir, tmp_path, capsys):
     output = tmp_path / "cost.json"
     methods = ["--method", "post_block", "--method", "IA3"]
-    assert main(["--model", model_dir, *methods, *SHORT, "--output", str(output)]) == 0
+    assert peft_steer("cost", "--model", model_dir, *methods, *SHORT, "--output", str(output)) == 0
 
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     header, rows = [cell.strip() for cell in table[0]], {row[1].strip(): row for row in table[2:]}
@@ -217,24 +218,24 @@ def test_the_command_measures_all_methods_side_by_side(model_dir, tmp_path, caps
 def test_random_weights_need_only_a_config(model_dir, tmp_path, capsys):
     (tmp_path / "model" / "model.safetensors").unlink()
     arguments = ["--dtype", "float32", "--method", "vector", *SHORT]
-    assert main(["--model", model_dir, *arguments]) == 2
+    assert peft_steer("cost", "--model", model_dir, *arguments) == 2
     assert "model.safetensors" in capsys.readouterr().err
-    assert main(["--model", model_dir, "--random_weights", *arguments]) == 0
+    assert peft_steer("cost", "--model", model_dir, "--random_weights", *arguments) == 0
     assert "(random weights)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "1"], "--rounds is 1, it must be at least 2"),
-        (["--length", "1"], "--length is 1, it must be at least 2"),
+        (["--rounds", "1"], "argument --rounds: must be at least 2, not 1"),
+        (["--length", "1"], "argument --length: must be at least 2, not 1"),
         (["--length", "65"], "exceeds the 64 positions"),
         ([*SHORT, "--method", "STEER:r=99"], "method 'STEER:r=99' on LlamaForCausalLM"),
-        (["--output", "nowhere/cost.json"], "there is no directory nowhere"),
+        (["--output", "nowhere/cost.json"], "there is no directory 'nowhere'"),
     ],
 )
 def test_bad_arguments_are_refused(model_dir, capsys, arguments, message):
-    assert main(["--model", model_dir, *arguments]) == 2
+    assert peft_steer("cost", "--model", model_dir, *arguments) == 2
     assert message in capsys.readouterr().err
 
 

@@ -93,7 +93,7 @@ def test_a_row_is_scored_against_its_own_document_and_chat_answers_by_their_text
         ({"output_type": "multiple_choice", "doc_to_choice": "options"}, None, "only of 'generate_until'"),
         ({}, "exact_match,strikt", "did you mean 'exact_match,strict'"),
         ({}, "f1", "Known: exact_match,loose, exact_match,strict"),
-        ({"process_results": lambda doc, results: {"both": (1, 2)}}, None, "no number"),
+        ({"process_results": lambda doc, results: {"both": (1, 2)}}, None, "not a number"),
         (
             {"metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": False}]},
             None,

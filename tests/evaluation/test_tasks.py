@@ -130,7 +130,7 @@ def test_evaluated_split():
     assert list(task.eval_docs["expression"]) == validation
     with pytest.raises(ValueError, match="has no test split"):
         tasks.evaluate_on(task, "test")
-    with pytest.raises(ValueError, match="'dev' is none of"):
+    with pytest.raises(ValueError, match="'dev' is not 'validation' or 'test'"):
         tasks.evaluate_on(task, "dev")
 
 

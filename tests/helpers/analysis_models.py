@@ -4,13 +4,13 @@ import copy
 from pathlib import Path
 
 import torch
+from command_line import peft_steer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tiny import BASES, VOCAB, make, randomize
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_steer import PostBlockSteerConfig, SteerConfig
-from peft_steer.analysis.command import main
 from peft_steer.analysis.inputs.pairs import Pair, blocks_of
 from peft_steer.analysis.inputs.texts import Texts
 from peft_steer.utils.bitsandbytes import keep_unpacked
@@ -80,4 +80,4 @@ def analyze(folder: Path, base: str, *words: str, adapter: str | PeftConfig | No
         save_tuned(base, tuned, adapter)
     models = ["--base", base, *(["--tuned", str(tuned)] if adapter else [])]
     text = ["--dataset", str(sums), "--batch_size", "4"]
-    return main([words[0], *models, *text, "--output", str(folder / "out"), *words[1:]])
+    return peft_steer("analyze", words[0], *models, *text, "--output", str(folder / "out"), *words[1:])

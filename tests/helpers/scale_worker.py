@@ -85,7 +85,7 @@ def main(folder: Path) -> None:
     if PartialState().is_main_process:
         (folder / "report.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
-    os._exit(0)  # see peft_steer/bench/run/multiprocess.py: freeing a Gloo group at exit may hang
+    os._exit(0)  # see peft_steer/bench/run/child.py: freeing a Gloo group at exit may hang
 
 
 if __name__ == "__main__":

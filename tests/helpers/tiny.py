@@ -208,6 +208,20 @@ def logits(model: nn.Module, architecture: str = "llama", **kwargs) -> torch.Ten
         return model(**inputs(architecture), **kwargs).logits
 
 
+def assert_equal_but_for_rounding(found: torch.Tensor, expected: torch.Tensor, ulp: int | None = None) -> None:
+    """Equal within a few units in the last place of the largest value. The last bits of a product depend on the
+    processor and on where in memory its operands lie: two models with equal parameters may differ by that alone."""
+    ulp = ulp or (32 if expected.dtype == torch.float32 else 4)
+    atol = ulp * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one element after an aligned address, as tensors in a mapped file may."""
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype)
+    return memory[1:].view(x.shape).copy_(x)
+
+
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
     """A copy of all tensors of the adapter of that name."""
     return {key: x.detach().clone() for key, x in model.state_dict().items() if f".{name}." in key}

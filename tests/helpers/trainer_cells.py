@@ -23,7 +23,8 @@ GRPO = {
 
 def grpo_cell(source: str, name: str, config: dict, **changes) -> Cell:
     """Three steps of four rollouts on short lists."""
-    changes = {"train": GRPO, "trainer": "grpo", "task": "list_max_min", **changes}
+    few = {"n_train": 64, "n_validation": 16, "n_test": 16}
+    changes = {"train": GRPO, "trainer": "grpo", "task": "list_max_min", "metadata": few, **changes}
     return make_cell(source, name, config, **changes)
 
 

@@ -42,7 +42,7 @@ def train(rank: int, address: str, models: dict[str, Callable[[], PeftModel]], o
         torch.save(results, out)
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # see peft_steer/bench/run/multiprocess.py: freeing a Gloo group at exit may hang
+    os._exit(0)  # see peft_steer/bench/run/child.py: freeing a Gloo group at exit may hang
 
 
 def _train(rank: int, kind: str, adapted: PeftModel) -> tuple[list[float], dict[str, torch.Tensor]]:

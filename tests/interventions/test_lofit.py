@@ -195,6 +195,8 @@ def test_saving_before_the_choice_is_said(tmp_path, caplog):
 # --- under a trainer
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_several_processes(tmp_path):
     """Two processes with half a batch each choose the heads, and train the adapter, that one with the whole batch
     does, under DDP and FSDP2."""

@@ -167,7 +167,7 @@ def test_the_papers_splits(tmp_path):
 
 
 def test_data_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data_dir: there is no folder '.*google/boolq'"):
+    with pytest.raises(ValueError, match=r"data_dir: there is no folder '.*google/boolq'"):
         tasks.load_task("steer_boolq", metadata={"data_dir": str(tmp_path)})
     (tmp_path / "google/boolq").mkdir(parents=True)
     (tmp_path / "google/boolq/train.jsonl").write_text(json.dumps(paper_data.BOOLQ[0]) + "\n")

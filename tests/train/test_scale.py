@@ -88,6 +88,8 @@ def launched(request, tmp_path_factory, base) -> tuple[str, Path]:
     return request.param, folder
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_adapters_equal_those_of_one_process(launched, expected):
     engine, folder = launched
     report = json.loads((folder / "report.json").read_text())
@@ -105,6 +107,8 @@ def test_adapters_equal_those_of_one_process(launched, expected):
             assert (report[job]["engine"], report[job]["wrapper"]) == ("DEEPSPEED", "DeepSpeedEngine")
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_resumed(launched):
     engine, folder = launched
     for job in [job for job, resumed in RUNS[engine].items() if resumed]:

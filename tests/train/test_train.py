@@ -19,6 +19,7 @@ from peft_steer.evaluation import tasks
 from peft_steer.evaluation.datasets import grpo_dataset
 from peft_steer.train import dpo, grpo, sft
 from peft_steer.train.card import last_metrics
+from peft_steer_cli import main
 
 
 STEER = {"peft_type": "STEER", "kind": "nonlinear", "r": 2}
@@ -81,7 +82,7 @@ def run(tmp_path, tiny_llama):
         }
         recipe = {k: v for k, v in {**COMMON, **where, **keys}.items() if v is not None}
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-        assert command.main(["--config", str(tmp_path / "recipe.yaml")]) == expect
+        assert main([command.__name__.rpartition(".")[2], "--config", str(tmp_path / "recipe.yaml")]) == expect
         return out
 
     return start
@@ -279,6 +280,7 @@ def test_the_last_value_of_each_metric():
     assert last_metrics(history) == {"loss": 1.0, "eval_loss": 3.0}
 
 
+@pytest.mark.slow
 def test_the_printed_command_evaluates(run, capsys):
     out = run(sft, **STEER, load_in_4bit=True, positions="last")
     printed = capsys.readouterr().out.split("To evaluate it:\n")[1]

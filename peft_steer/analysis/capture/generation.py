@@ -1,18 +1,20 @@
 """Greedy continuations of prompts, as texts."""
 
+from typing import Any, cast
+
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..inputs.pairs import Model
 from ..inputs.texts import Texts
 
 
 @torch.no_grad()
-def continuations(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> Texts:
+def continuations(model: Model, texts: Texts, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> Texts:
     """What `model` generates, greedily and with a cache, after each text's prompt: at most `new_tokens` tokens.
 
     Returns:
-        The prompts with these answers. Of a text without a prompt the first half is taken as one.
+        The prompts with these answers. The prompt of a text without one is its first half.
     """
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
@@ -26,7 +28,7 @@ def continuations(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizer
         width = max(prompts)
         padded = torch.tensor([[texts.pad] * (width - len(row)) + row for row in ids], device=batch.input_ids.device)
         present = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=padded.device)
-        answers = model.generate(
+        answers = cast(Any, model).generate(
             input_ids=padded,
             attention_mask=present,
             max_new_tokens=new_tokens,
@@ -41,5 +43,5 @@ def continuations(model: nn.Module, texts: Texts, tokenizer: PreTrainedTokenizer
 
 
 def _until(answer: list[int], ends: list[int]) -> list[int]:
-    """Without what follows the first end."""
+    """`answer` up to and including its first end token."""
     return next((answer[: i + 1] for i, token in enumerate(answer) if token in ends), answer)

@@ -11,20 +11,20 @@ from transformers import Cache
 
 from peft_steer.sites import site_module
 
-from ..inputs.pairs import blocks_of
+from ..inputs.pairs import Model, blocks_of
 
 
 Place = tuple[str, int]  # a site and the index of a block
 
 
-def modules_at(model: nn.Module, sites: Sequence[str]) -> dict[Place, nn.Module]:
+def modules_at(model: Model, sites: Sequence[str]) -> dict[Place, nn.Module]:
     """The modules whose outputs are the `sites` (`"block"`, `"mlp"`, `"attention"`) of every block."""
     return {(site, block.index): site_module(block, site)[1] for block in blocks_of(model) for site in sites}
 
 
 @contextmanager
-def record(model: nn.Module, sites: Sequence[str]) -> Iterator[Mapping[Place, torch.Tensor]]:
-    """Outputs of the last forward pass, `(rows, tokens, d)` each, after the edits of the model's own adapters."""
+def record(model: Model, sites: Sequence[str]) -> Iterator[Mapping[Place, torch.Tensor]]:
+    """The outputs of the last forward pass, `(rows, tokens, d)` each, with the edits of the model's own adapters."""
     outputs: dict[Place, torch.Tensor] = {}
 
     def keep(place: Place) -> Callable:
@@ -40,9 +40,7 @@ def record(model: nn.Module, sites: Sequence[str]) -> Iterator[Mapping[Place, to
 
 
 @contextmanager
-def edited(
-    model: nn.Module, sites: Sequence[str], delta: Callable[[Place, torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
+def edited(model: Model, sites: Sequence[str], delta: Callable[[Place, torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Adds `delta(place, h)` to the output `h` of each place, so that later places read the steered stream."""
 
     def edit(place: Place) -> Callable:
@@ -62,7 +60,7 @@ def edited(
 @contextmanager
 def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """While the context lasts, calling `module` calls `forward`."""
-    had = "forward" in vars(module)  # accelerate's hooks put one there
+    had = "forward" in vars(module)  # as with accelerate's hooks
     before = module.forward
     module.forward = forward
     try:
@@ -75,16 +73,16 @@ def replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def oracle(base: nn.Module, tuned: nn.Module, sites: Sequence[str]) -> Iterator[None]:
+def oracle(base: Model, tuned: Model, sites: Sequence[str]) -> Iterator[None]:
     """The paper's oracle (arXiv 2603.00425), `dh = h_tuned - h_base`, on the stream that is already steered: in every
-    forward pass of `base`, `tuned` reads the same tokens first, and what it has at each of the `sites` is what the
-    base gets there.
+    forward pass of `base`, `tuned` first reads the same tokens, and its output at each of the `sites` replaces the
+    base's.
 
-    At `"block"` this leaves nothing of the base but its final norm and head. Generation with a cache is followed, from
-    its start, with a cache of `tuned`'s own.
+    At `"block"` only the final norm and the head of the base are left. Generation with a cache works if it starts
+    within the context: `tuned` then has a cache of its own.
 
     Raises:
-        ValueError: In a forward pass that goes on from a cache that began outside.
+        ValueError: In a forward pass with a cache that was filled outside the context.
     """
     follower = _CacheFollower()
 
@@ -101,7 +99,7 @@ def oracle(base: nn.Module, tuned: nn.Module, sites: Sequence[str]) -> Iterator[
 
 
 class _CacheFollower:
-    """A second cache for every cache that a generation makes, which is cropped and reordered with it."""
+    """The second model's cache: one for each generation, cropped and reordered with the first model's."""
 
     def __init__(self) -> None:
         self._of: tuple[Cache, Cache] | None = None

@@ -2,36 +2,38 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..inputs.pairs import blocks_of
+from peft_steer.utils.errors import UsageError
+
+from ..inputs.pairs import Model, blocks_of
 from ..inputs.texts import Batch, Texts
 from .steering import replaced
 
 
-class _Enough(Exception):
-    """Ends a forward pass before a block."""
+class _Stop(Exception):
+    """Ends a forward pass early."""
 
 
 class Streams:
-    """What enters the next block, of each batch and for each of several streams, `(rows, tokens, d)`.
+    """The input of the next block, `(rows, tokens, d)`, for each batch and each of several streams.
 
-    The states lie in memory-mapped files in a temporary directory: two bytes or four for each number, stream and
-    token on the disk, and in memory only what the system finds room for.
+    The states are memory-mapped files in a temporary directory: every number takes two bytes or four on the disk, and
+    memory only as far as the system has room.
 
     Args:
-        model: With what its blocks are called besides hidden states (masks, positions), all streams' are.
-        batch: Any, to see what its blocks return.
+        model: The blocks of all streams get the arguments (masks, positions) that this model gives to its own.
+        batch: Any batch, to see whether the blocks return tuples.
         folder: For the files.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, folder: Path):
+    def __init__(self, model: Model, batch: Batch, folder: Path):
         self.model, self.folder = model, folder
         self.device = next(model.parameters()).device
         self.batches: list[Batch] = []
@@ -50,7 +52,7 @@ class Streams:
         self._states[key].copy_(h)
 
     def through(self, block: nn.Module, index: int, stream: str, batch: int) -> torch.Tensor:
-        """The output of `block`, the one with that index, for what the stream has reached."""
+        """The output of `block`, whose index is `index`, for the stream's present states."""
         if self._calls is None or self._calls[0] != batch:  # those of all batches would not fit into memory
             self._calls = (batch, _calls(self.model, self.batches[batch], as_tuple=self._as_tuple))
         _, args, kwargs = self._calls[1][index]
@@ -59,31 +61,31 @@ class Streams:
 
 
 @contextmanager
-def streams(models: dict[str, nn.Module], texts: Sequence[Texts]) -> Iterator[Streams]:
+def streams(models: Mapping[str, Model], texts: Sequence[Texts]) -> Iterator[Streams]:
     """Streams by name, each at the entrance of its model's first block, for the batches of all texts.
 
     The models are of the same architecture.
 
     Raises:
-        ValueError: If the temporary directory is too small.
+        UsageError: If the temporary directory has too little space.
     """
     with tempfile.TemporaryDirectory(prefix="peft-steer-") as folder:
-        found = Streams(next(iter(models.values())), next(iter(texts[0])), Path(folder))
-        _check_space(Path(folder), found.model, len(models), texts)
+        states = Streams(next(iter(models.values())), next(iter(texts[0])), Path(folder))
+        _check_space(Path(folder), states.model, len(models), texts)
         for text in texts:
             for batch in text.batches("Reading"):
                 for name, model in models.items():
-                    found.write(name, len(found.batches), _calls(model, batch, blocks=1)[0][0])
-                found.batches.append(batch)
-        yield found
+                    states.write(name, len(states.batches), _calls(model, batch, blocks=1)[0][0])
+                states.batches.append(batch)
+        yield states
 
 
-def _check_space(folder: Path, model: nn.Module, n: int, texts: Sequence[Texts]) -> None:
+def _check_space(folder: Path, model: Model, n: int, texts: Sequence[Texts]) -> None:
     tokens = sum(batch.input_ids.numel() for text in texts for batch in text)
-    weights = model.get_input_embeddings().weight
+    weights = cast(Any, model).get_input_embeddings().weight
     needed, free = n * tokens * weights.shape[-1] * weights.element_size(), shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
+        raise UsageError(
             f"the hidden states of {tokens} tokens take {needed / 1e9:.1f} GB, and {folder.parent} has "
             f"{free / 1e9:.1f} GB; name a larger directory in the environment variable TMPDIR, or lower --num_texts "
             "or --max_length"
@@ -93,37 +95,41 @@ def _check_space(folder: Path, model: nn.Module, n: int, texts: Sequence[Texts])
 _Call = tuple[torch.Tensor, tuple, dict[str, Any]]
 
 
-def _calls(model: nn.Module, batch: Batch, blocks: int | None = None, as_tuple: bool = False) -> list[_Call]:
-    """What the first `blocks` blocks (by default all) are called with in a forward pass in which they compute nothing:
-    a hidden state, the other arguments, the keyword arguments. `as_tuple`: whether they return tuples."""
+def _calls(model: Model, batch: Batch, blocks: int | None = None, as_tuple: bool = False) -> list[_Call]:
+    """The arguments of the first `blocks` blocks (by default all) in a forward pass in which they compute nothing: a
+    hidden state, the other positional arguments, the keyword arguments.
+
+    Args:
+        as_tuple: Whether the blocks return tuples.
+    """
     modules = [block.module for block in blocks_of(model)][:blocks]
     calls: list[_Call] = []
 
     def skip(h: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append((h, args, kwargs))
         if len(calls) == len(modules):
-            raise _Enough
+            raise _Stop
         return (h,) if as_tuple else h
 
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(replaced(module, skip))
-        stack.enter_context(suppress(_Enough))
+        stack.enter_context(suppress(_Stop))
         model(**batch.inputs(model))
     return calls
 
 
-def _return_tuples(model: nn.Module, batch: Batch) -> bool:
+def _return_tuples(model: Model, batch: Batch) -> bool:
     """Whether the blocks return tuples, as the first one does."""
     outputs = []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         outputs.append(output)
-        raise _Enough
+        raise _Stop
 
     handle = blocks_of(model)[0].module.register_forward_hook(keep)
     try:
-        with suppress(_Enough):
+        with suppress(_Stop):
             model(**batch.inputs(model))
     finally:
         handle.remove()

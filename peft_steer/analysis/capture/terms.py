@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import torch
 
 from peft_steer.sites import Block, site_module
+from peft_steer.utils.errors import UsageError
 
 
 TERMS = ("skip", "attention", "mlp", "edit")
-_TOLERANCE = 0.03  # of `e` in the base, relative to `out`: half precision rounds the sums
+_TOLERANCE = 0.03  # for `|e| / |out|` in the base: half precision rounds the sums
 
 
 class Terms:
@@ -31,8 +32,11 @@ class Terms:
 
     @contextmanager
     def recording(self, inputs: list[torch.Tensor] | None = None) -> Iterator[None]:
-        """Records while the context lasts. With `inputs`, one tensor a block, every block reads that, whatever the
-        block before it returned."""
+        """Records while the context lasts.
+
+        Args:
+            inputs: What each block reads, in place of the output of the block before it.
+        """
         handles = []
         for i, block in enumerate(self.blocks):
             self._values[i] = [torch.empty(0)] * 4
@@ -60,15 +64,15 @@ class Terms:
         return torch.stack([x, a, m, out - (x + a + m)])
 
     def check_sums(self, present: torch.Tensor) -> None:
-        """Raise `ValueError` unless every block's output is the sum of its input, its attention and its MLP."""
+        """Raises `UsageError` unless every block's output is the sum of its input, its attention and its MLP."""
         for i, block in enumerate(self.blocks):
             terms = self.of(i, present)
             error = (terms[3].norm() / terms.sum(0).norm()).item()
             if not error < _TOLERANCE:
-                raise ValueError(
+                raise UsageError(
                     f"the output of block {block.name!r} ({type(block.module).__name__}) is not its input plus its "
                     f"attention's output plus its MLP's (it differs by {error:.1%}), as in post-norm or scaled "
-                    "blocks: there are no shares of it to tell"
+                    "blocks: it cannot be split into their shares"
                 )
 
     def _keep(self, i: int, position: int) -> Callable:

@@ -11,11 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from peft_steer.utils.errors import UsageError
+from peft_steer.utils.files import atomic_path
+
 from ..capture.streams import streams
 from ..inputs.pairs import Pair, blocks_of
 from ..inputs.texts import Texts
 from ..maths.regression import LowRankMap, PairMoments, fit
-from ..output import write
 
 
 logger = logging.getLogger(__name__)
@@ -28,10 +30,10 @@ class FittedBlock:
     Attributes:
         name: Of the block's module.
         edit: `dh = W_up W_down h + b`.
-        error, error_held_out: What is left of the tuned model's distance from the base at this block's output,
-            `sqrt(E w |h_tuned - h_steered|^2 / E w |h_tuned - h_base|^2)`, on the text it was fitted to and on other
-            text. The weight of a token is `w = 1 / |h_base|^2`: blocks read their input through a norm, and the few
-            tokens with enormous activations are no more important than others.
+        error, error_held_out: The distance to the tuned model that is left at this block's output, relative to the
+            base's, `sqrt(E w |h_tuned - h_steered|^2 / E w |h_tuned - h_base|^2)`, on the text it was fitted to and on
+            other text. The weight of a token is `w = 1 / |h_base|^2`: blocks read their input through a norm, so the
+            few tokens with enormous activations are no more important than others.
     """
 
     name: str
@@ -49,27 +51,28 @@ class FittedBlock:
 def fit_blocks(
     pair: Pair, texts: Texts, held_out: Texts, r: int = 8, max_error: float | None = None, ridge: float = 0.0
 ) -> list[FittedBlock]:
-    """Fits an edit to every block's output, the first block first, each on the stream that those before it steered:
-    it corrects what they left (arXiv 2603.00425's oracle, `dh = h_tuned - h_base`, by reduced-rank regression). Blocks
-    below the first that fine-tuning changed get none.
+    """Fits an edit to every block's output, from the first block to the last, each on the stream that the edits before
+    it have steered, so that it corrects what they left (arXiv 2603.00425's oracle, `dh = h_tuned - h_base`, by
+    reduced-rank regression). Blocks below the first one that fine-tuning changed get none.
 
-    One block is in work at a time, so that the moments take 32 d^2 bytes for the whole model.
+    Only one block is fitted at a time: the moments take 32 d^2 bytes for the whole model.
 
     Args:
         r: The rank of every block.
-        max_error: Instead, the smallest rank at which `error_held_out` is at most this, for each block. Where no rank
-            reaches it, the rank with the least error is taken, and the log says so.
+        max_error: Instead of `r`: each block gets the smallest rank at which `error_held_out` is at most this, or,
+            with a warning, the rank with the least error if none reaches it.
         ridge: See [`~peft_steer.analysis.maths.regression.fit`].
 
     Raises:
-        ValueError: If the tuned model is the base.
+        UsageError: If the tuned model does what the base does.
     """
     models = {"steered": pair.base, "base": pair.base, "tuned": pair.tuned}
-    fitted = []
+    fitted: list[FittedBlock] = []
+    d, n = pair.base.config.get_text_config().hidden_size, len(texts)
     with streams(models, (texts, held_out)) as states:
         blocks = zip(blocks_of(pair.base), blocks_of(pair.tuned), strict=True)
         for ours, theirs in tqdm(list(blocks), desc="Fitting", unit="block"):
-            parts = [_Part(range(len(texts))), _Part(range(len(texts), len(states.batches)))]
+            parts = [_Part(batches, d, states.device) for batches in (range(n), range(n, len(states.batches)))]
             for part in parts:
                 for batch in part.batches:
                     h, base, tuned = (
@@ -90,7 +93,7 @@ def fit_blocks(
                 states.write("steered", batch, h + edit(h))
             fitted.append(FittedBlock(ours.name, edit, errors[0][rank].item(), errors[1][rank].item()))
     if not fitted:
-        raise ValueError("the tuned model does on this text what the base does: there is nothing to distil")
+        raise UsageError("on this text the tuned model does what the base does: there is nothing to distil")
     return fitted
 
 
@@ -102,7 +105,8 @@ def save_fit(path: Path, blocks: list[FittedBlock], facts: dict[str, Any]) -> No
     rows = [{"name": block.name, "error": block.error, "error_held_out": block.error_held_out} for block in blocks]
     tensors = {f"{block.name}.{name}": getattr(block.edit, name).contiguous() for block in blocks for name in _TENSORS}
     metadata = {"facts": json.dumps(facts), "blocks": json.dumps(rows)}
-    write(path, lambda partial: save_file(tensors, partial, metadata))
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def load_fit(path: Path) -> tuple[list[FittedBlock], dict[str, Any]]:
@@ -118,14 +122,13 @@ def load_fit(path: Path) -> tuple[list[FittedBlock], dict[str, Any]]:
 class _Part:
     """Moments of `(h, h_tuned - h)` on some batches, and the mean square of `h_tuned - h_base`."""
 
-    def __init__(self, batches: range):
+    def __init__(self, batches: range, d: int, device: torch.device):
         self.batches = batches
-        self.moments: PairMoments | None = None
+        self.moments = PairMoments(d, device)
         self._change = 0.0
 
     def add(self, keep: torch.Tensor, *states: torch.Tensor) -> None:
         h, base, tuned = (state[keep] for state in states)
-        self.moments = self.moments or PairMoments(h.shape[-1], h.device)
         base, tuned = base.double(), tuned.double()
         weight = 1 / base.square().sum(-1)
         self.moments.add(h, tuned - h.double(), weight)
@@ -133,14 +136,21 @@ class _Part:
 
     @property
     def change(self) -> float:
+        """The mean square of `h_tuned - h_base`, weighted."""
         return self._change / self.moments.weight
 
 
 def _smallest_rank(errors: torch.Tensor, max_error: float, name: str) -> int:
-    """At least 1: `errors[r]` is that of rank `r`."""
+    """The smallest rank of at least 1 whose error, `errors[r]`, is at most `max_error`."""
     reached = (errors[1:] <= max_error).nonzero()
     if len(reached):
         return int(reached[0]) + 1
     best = int(errors[1:].argmin()) + 1
-    logger.warning("%s: no rank comes below an error of %g; rank %d has %.3g", name, max_error, best, errors[best])
+    logger.warning(
+        "%s: no rank reaches an error of %g; rank %d is taken, with an error of %.3g",
+        name,
+        max_error,
+        best,
+        errors[best],
+    )
     return best

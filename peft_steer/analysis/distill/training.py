@@ -1,7 +1,7 @@
 """Training an adapter by the KL divergence to a tuned model, with transformers' trainer.
 
-TRL 1.16's `DistillationTrainer` samples from the student, and its experimental `GKDTrainer` wants chats: neither takes
-a text with its answers as it is.
+Neither of TRL 1.16's takes texts with their answers: `DistillationTrainer` samples from the student, and the
+experimental `GKDTrainer` needs chats.
 """
 
 import json
@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..inputs.texts import Batch, Texts
 
 
-_FOREVER = 1_000_000
+_NO_LIMIT = 1_000_000
 
 
 def train_by_kl(
@@ -45,22 +45,23 @@ def train_by_kl(
     """Trains `student` towards `teacher`'s predictions of the answers in `texts`.
 
     AdamW without weight decay, with the warmup and the linear schedule of arXiv 2603.00425, over `steps` or over
-    `seconds`. The last checkpoint in `folder` is gone on from.
+    `seconds`. A training that was interrupted resumes from the last checkpoint in `folder`.
 
     Returns:
-        The number of steps, and the seconds they took.
+        The number of steps, and the seconds that they took.
     """
     clock = _Clock(seconds)
-    checkpoint, state = _last_checkpoint(folder)
-    if state is not None:
-        clock.seconds = state.stateful_callbacks["_Clock"]["attributes"]["seconds"]
+    checkpoint, state = _last_checkpoint(folder) or (None, None)
+    if checkpoint is not None and state is not None:
+        saved: Any = state.stateful_callbacks  # its annotation is a list; it is a dictionary
+        clock.seconds = saved["_Clock"]["attributes"]["seconds"]
         if state.global_step == steps or not clock.left:
-            set_peft_model_state_dict(student, load_peft_weights(checkpoint, device=texts.device))
+            set_peft_model_state_dict(student, load_peft_weights(checkpoint, device=str(texts.device)))
             student.eval()
             return state.global_step, clock.seconds
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=steps or _FOREVER,
+        max_steps=steps or _NO_LIMIT,
         learning_rate=learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=0.03,
@@ -70,11 +71,11 @@ def train_by_kl(
         logging_steps=10,
         save_steps=50,
         save_total_limit=1,
-        disable_tqdm=seconds is not None,  # (it would count to a million)
+        disable_tqdm=seconds is not None,  # (the bar would count to a million)
         report_to="none",
         remove_unused_columns=False,
-        use_cpu=texts.device == "cpu",
-        dataloader_pin_memory=False,  # the collator's tensors are where they are needed
+        use_cpu=texts.device.type == "cpu",
+        dataloader_pin_memory=False,  # the collator's tensors are on the device already
     )
     trainer = _KLTrainer(
         teacher,
@@ -90,14 +91,14 @@ def train_by_kl(
     return trainer.state.global_step, clock.seconds
 
 
-def _last_checkpoint(folder: Path) -> tuple[str | None, TrainerState | None]:
-    """The last complete checkpoint and the state in it; one that was being written when the run ended is deleted."""
+def _last_checkpoint(folder: Path) -> tuple[str, TrainerState] | None:
+    """The last complete checkpoint and its state. Deletes one that was being written when the run ended."""
     while (path := get_last_checkpoint(folder) if folder.is_dir() else None) is not None:
         try:
             return path, TrainerState.load_from_json(str(Path(path) / "trainer_state.json"))  # (written last)
         except (FileNotFoundError, json.JSONDecodeError):
             shutil.rmtree(path)
-    return None, None
+    return None
 
 
 class _KLTrainer(Trainer):
@@ -109,26 +110,30 @@ class _KLTrainer(Trainer):
         if self.clock.limit is None:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = 3  # steps
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, lambda step: min(1, (step + 1) / warmup) * self.clock.left
-        )
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * self.clock.left)
         return self.lr_scheduler
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         batch = Batch(**inputs)
         where = batch.predicts_answer
         with torch.no_grad():
             target = self.teacher(**batch.inputs(self.teacher)).logits[where].float().log_softmax(-1)
         outputs = model(**batch.inputs(model))
-        found = outputs.logits[where].float().log_softmax(-1)
-        loss = nn.functional.kl_div(found, target, reduction="batchmean", log_target=True)
+        prediction = outputs.logits[where].float().log_softmax(-1)
+        loss = nn.functional.kl_div(prediction, target, reduction="batchmean", log_target=True)
         return (loss, outputs) if return_outputs else loss
 
 
 class _Clock(TrainerCallback, ExportableState):
-    """Counts the seconds of a training, which its checkpoints keep, and stops it after `limit`."""
+    """Counts the seconds of a training, across checkpoints, and stops it after `limit`."""
 
     def __init__(self, limit: float | None):
         self.limit, self.seconds = limit, 0.0

@@ -1,17 +1,19 @@
-"""Errors of libraries, with the flag and the value that they are about."""
+"""Errors of libraries, as errors of the user that name the flag and the value."""
 
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft_steer.utils.errors import UsageError
+
 
 @contextmanager
-def blaming(flag: str, value: str, says: str, *also: type[Exception]) -> Iterator[None]:
-    """Puts `flag: 'value' says` before the message of what a library raises: `OSError`, which stays one, `ValueError`
-    and the classes in `also`, which become `ValueError`."""
+def error_context(flag: str, value: str, problem: str, *also: type[BaseException]) -> Iterator[None]:
+    """Raises `UsageError`, `flag: 'value' problem (the library's message)`, for an `OSError`, a `ValueError` or one of
+    the classes in `also`."""
+    kinds: tuple[type[BaseException], ...] = (OSError, ValueError, *also)
     try:
         yield
-    except (OSError, ValueError, *also) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
+    except kinds as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
-        raise kind(f"{flag}: {value!r} {says} ({reason})") from error
+        raise UsageError(f"{flag}: {value!r} {problem} ({reason})") from error

@@ -18,14 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from peft_steer import needs_prompts
 from peft_steer.evaluation import tasks
 from peft_steer.evaluation.datasets import encode, sft_dataset
+from peft_steer.utils.devices import default_device
+from peft_steer.utils.errors import UsageError, usage_errors
 
-from .error_context import blaming
+from .error_context import error_context
 
 
 logger = logging.getLogger(__name__)
 
-_OF_TASKS = ("include_path", "num_fewshot")
-_OF_DATASETS = ("dataset_config", "split")
+_TASK_FLAGS = ("include_path", "num_fewshot")
+_DATASET_FLAGS = ("dataset_config", "split")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Batch:
     Attributes:
         input_ids: `(rows, tokens)`, int64.
         attention_mask: `(rows, tokens)`, int64, 1 at tokens and 0 at padding.
-        completion_mask: `(rows, tokens)`, int64, 1 at the tokens of an answer. Text without prompts is all answer,
-            but for each row's first token, which nothing predicts.
+        completion_mask: `(rows, tokens)`, int64, 1 at the tokens of an answer. Text without prompts is all answer
+            except for each row's first token, which nothing predicts.
     """
 
     input_ids: torch.Tensor
@@ -66,20 +68,20 @@ class Batch:
 
 
 class Texts:
-    """Batches of tokenized texts, the same at every iteration, in the order of their lengths.
+    """Batches of tokenized texts, sorted by length and the same in every iteration.
 
-    Only token ids are kept; each iteration has a progress bar if it is given a name: `texts.batches("Moments")`.
+    Only token ids are kept. `texts.batches("Moments")` iterates with a progress bar of that name.
 
     Args:
         rows: `(token ids, number of prompt tokens)` of each text.
         batch_size: Rows in a batch.
         pad: Id of the padding token.
-        device: Where the batches go.
+        device: Of the batches.
     """
 
-    def __init__(self, rows: list[tuple[list[int], int]], batch_size: int, pad: int, device: str):
+    def __init__(self, rows: list[tuple[list[int], int]], batch_size: int, pad: int, device: torch.device | str):
         self.rows = sorted(rows, key=lambda row: len(row[0]))
-        self.batch_size, self.pad, self.device = batch_size, pad, device
+        self.batch_size, self.pad, self.device = batch_size, pad, torch.device(device)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -110,64 +112,39 @@ class Texts:
         return Batch(*(x.to(self.device) for x in tensors))
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, held_out: bool = True) -> None:
-    """The flags that [`load_texts`] reads; without `held_out`, of an analysis that holds no text out."""
-    add = parser.add_argument_group("text").add_argument
-    add("--task", metavar="NAME", help="an lm-eval task: prompts and answers of its training split")
-    add("--include_path", metavar="DIR", help="a folder with more lm-eval tasks")
-    add("--num_fewshot", type=int, help="examples in a prompt, instead of the task's own number")
-    add(
-        "--dataset",
-        metavar="FILE_OR_ID",
-        help="a file of text, or a .json, .jsonl, .csv or .parquet file or a data set of the hub with a column "
-        "`text`, or `prompt` and `completion`",
-    )
-    add("--dataset_config", metavar="NAME", help="the data set's configuration")
-    add("--split", metavar="NAME", help="the data set's split (default: train)")
-    add("--num_texts", type=int, default=256, help="at most so many texts (default: 256)")
-    if held_out:
-        add("--held_out", type=int, default=64, help="as many more for what is measured on unseen text (default: 64)")
-    else:
-        parser.set_defaults(held_out=None)
-    add("--batch_size", type=int, default=8, help="texts at a time (default: 8)")
-    add("--max_length", type=int, default=512, help="tokens of a text, the rest is cut (default: 512)")
-    add("--seed", type=int, default=0, help="of which texts are taken")
-
-
 def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, Texts]:
     """Texts to compute from, and others to measure on, drawn by `--seed`.
 
     Args:
-        args: The flags of [`add_text_arguments`].
+        args: The flags of `peft_steer_cli.inputs.add_text_arguments`.
         tokenizer: With a padding token.
 
     Raises:
-        ValueError: If not exactly one of `--task` and `--dataset` is given, or a flag of the other, if a number is too
-            small, if columns are missing, or if there are fewer texts than one, or five where some are held out.
-        OSError: If there is no such data set.
+        UsageError: If not exactly one of `--task` and `--dataset` is given, or a flag of the other; if there is no
+            such task or data set, or it lacks columns; if there is no text, or fewer than five if some are held out.
     """
     _check(args)
-    given = list(_of_task(args) if args.task is not None else _of_dataset(args))
-    rows = [row for row in (_encode(*pair, tokenizer, args.max_length) for pair in given) if row is not None]
+    pairs = list(_of_task(args) if args.task is not None else _of_dataset(args))
+    rows = [row for row in (_encode(*pair, tokenizer, args.max_length) for pair in pairs) if row is not None]
     source = f"--task: {args.task!r}" if args.task is not None else f"--dataset: {args.dataset!r}"
     needed = 1 if args.held_out is None else 5
     if len(rows) < needed:
-        raise ValueError(
-            f"{source} gives {len(rows)} texts of two or more tokens and with an answer to each prompt, and at least "
-            f"{needed} are needed; give more or longer texts, or raise --num_texts or --max_length"
+        raise UsageError(
+            f"{source} gives {len(rows)} texts of two or more tokens and with an answer to each prompt; at least "
+            f"{needed} are needed. Give more or longer texts, or raise --num_texts or --max_length"
         )
-    if len(rows) < len(given):
+    if len(rows) < len(pairs):
         logger.warning(
-            "%s: %d of %d texts are left out, of whose answers --max_length %d leaves nothing",
+            "%s: %d of %d texts are left out: --max_length %d cuts off their whole answer",
             source,
-            len(given) - len(rows),
-            len(given),
+            len(pairs) - len(rows),
+            len(pairs),
             args.max_length,
         )
     held_out = min(args.held_out or 0, len(rows) // 5)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = [
-        Texts(part, args.batch_size, tokenizer.pad_token_id, device) for part in (rows[held_out:], rows[:held_out])
+        Texts(part, args.batch_size, tokenizer.pad_token_id, default_device())
+        for part in (rows[held_out:], rows[:held_out])
     ]
     logger.info(
         "%d texts (%d tokens), and %d (%d tokens) held out",
@@ -178,24 +155,22 @@ def load_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _check(args: argparse.Namespace) -> None:
     if (args.task is None) == (args.dataset is None):
-        raise ValueError("--task, --dataset: give one of them")
-    others, remedy = (_OF_DATASETS, "--dataset") if args.dataset is None else (_OF_TASKS, "--task")
+        raise UsageError("--task, --dataset: give one of them")
+    others, remedy = (_DATASET_FLAGS, "--dataset") if args.dataset is None else (_TASK_FLAGS, "--task")
     for name in others:
         if (value := getattr(args, name)) is not None:
-            raise ValueError(f"--{name} is {value!r}, which goes with {remedy}; give that, or leave it out")
-    least_of = {"num_texts": 1, "held_out": 1, "batch_size": 1, "max_length": 2, "seed": 0}
-    for name, smallest in least_of.items():
-        if (value := getattr(args, name)) is not None and value < smallest:
-            raise ValueError(f"--{name} is {value}, it must be at least {smallest}")
+            raise UsageError(f"--{name} is {value!r}, which goes with {remedy}; give that, or leave it out")
 
 
 def _of_task(args: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
-    task = tasks.load_task(args.task, args.include_path, args.num_fewshot)[0]
-    end = task.config.output_type == "generate_until"  # as in training: generated answers end
-    pairs = sft_dataset(task)
-    order = random.Random(args.seed).sample(range(len(pairs)), min(len(pairs), args.num_texts + (args.held_out or 0)))
-    return ((pairs[i]["prompt"], pairs[i]["completion"], end) for i in order)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for authors of tasks
+    with usage_errors():
+        task, _ = tasks.load_task(args.task, args.include_path, args.num_fewshot)
+        examples = sft_dataset(task)
+    end = task.config.output_type == "generate_until"  # as in training, generated answers have an end token
+    wanted = min(len(examples), args.num_texts + (args.held_out or 0))
+    order = random.Random(args.seed).sample(range(len(examples)), wanted)
+    return ((examples[i]["prompt"], examples[i]["completion"], end) for i in order)
 
 
 def _of_dataset(args: argparse.Namespace) -> list[tuple[str, str, bool]]:
@@ -203,25 +178,25 @@ def _of_dataset(args: argparse.Namespace) -> list[tuple[str, str, bool]]:
     source: dict[str, Any] = {"path": args.dataset, "name": args.dataset_config}
     if path.is_file():
         if path.stat().st_size == 0:
-            raise ValueError(f"--dataset: {args.dataset!r} is an empty file")
+            raise UsageError(f"--dataset: {args.dataset!r} is an empty file")
         if args.dataset_config is not None:
-            raise ValueError(f"--dataset_config is {args.dataset_config!r}, and the file {args.dataset!r} has none")
+            raise UsageError(f"--dataset_config is {args.dataset_config!r}, and the file {args.dataset!r} has none")
         kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "text")
         source = {"path": kind, "data_files": args.dataset}
-        if kind == "csv":  # else answers that look like numbers become numbers, and "NA" becomes nothing
+        if kind == "csv":  # pandas would turn "02" into 2 and "NA" into nothing
             source |= {"converters": dict.fromkeys(("text", "prompt", "completion"), str), "keep_default_na": False}
-    with blaming("--dataset", args.dataset, "cannot be read"):
+    with error_context("--dataset", args.dataset, "cannot be read"):
         data = datasets.load_dataset(**source, split=args.split or "train", streaming=True)
         columns = set(data.column_names or next(iter(data), {}))
     if not columns:
-        raise ValueError(f"--dataset: {args.dataset!r} has no rows")
+        raise UsageError(f"--dataset: {args.dataset!r} has no rows")
     if "text" not in columns and not {"prompt", "completion"} <= columns:
-        raise ValueError(
+        raise UsageError(
             f"--dataset: {args.dataset!r} has the columns {sorted(columns)}; it needs `text`, or `prompt` and "
             "`completion`"
         )
     names = ("text",) if "text" in columns else ("prompt", "completion")
-    with blaming("--dataset", args.dataset, "cannot be read"):
+    with error_context("--dataset", args.dataset, "cannot be read"):
         rows = ([row[name] for name in names] for row in data.shuffle(seed=args.seed, buffer_size=10_000))
         cells = ([str(cell) for cell in row] for row in rows if None not in row)
         pairs = (("" if len(cell) == 1 else cell[0], cell[-1], False) for cell in cells)
@@ -231,7 +206,8 @@ def _of_dataset(args: argparse.Namespace) -> list[tuple[str, str, bool]]:
 def _encode(
     prompt: str, completion: str, end: bool, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[int], int] | None:
-    """Token ids, and how many of them are prompt (at least 1: nothing predicts the first); None without an answer."""
+    """Token ids, and how many of them are prompt (at least 1, as nothing predicts the first); None if no token of the
+    answer is left."""
     ids, n_prompt = encode(prompt, completion, tokenizer, end)
     ids, n_prompt = ids[:max_length], max(1, n_prompt)
     return (ids, n_prompt) if len(ids) > n_prompt else None

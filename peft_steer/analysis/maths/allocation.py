@@ -1,4 +1,4 @@
-"""Ranks for the blocks, of the same number of parameters together as a uniform rank."""
+"""Ranks for the blocks that together cost as many parameters as a uniform rank."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ import torch
 def by_gain(gains: Sequence[float], r: int, width: int) -> list[int]:
     """Ranks in proportion to the gains of errors, from 1 to `width`, and `r` on average.
 
-    This minimizes `sum gain_i^2 * (error of block i)^2` where the spectrum of what a block has to add falls off as
-    `1 / j^2`, for all blocks alike: what rank `r_i` leaves out is then `1 / r_i`.
+    They minimize `sum gain_i^2 * (error of block i)^2` if the spectrum of what each block has to add falls off as
+    `1 / j^2`, so that rank `r_i` leaves out `1 / r_i`.
     """
     total = r * len(gains)
     exact = [total * gain / sum(gains) for gain in gains]

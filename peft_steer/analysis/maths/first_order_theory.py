@@ -1,4 +1,4 @@
-"""The first-order theory of one MLP: what a weight update does to its output, and what steering can do instead.
+"""The first-order theory of one MLP: what a weight update does to its output, and what steering can do of that.
 
 Notation (arXiv 2603.00425, first-order framework): `f(W, h)` is the MLP (a GLU: `W_d (act(W_g h) * W_u h)`) with the
 hidden activations `m`, so that `f = W_d m`; `A(h) = df/dh`. Fine-tuning changes `W` by `dW`:
@@ -18,11 +18,13 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp, vmap
 
+from peft_steer.utils.errors import UsageError
+
 from .mlp import Mlp, plain_copy
 
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 0.0)
-_CHUNK = 256  # of the directions whose JVPs are computed at once
+_CHUNK = 256  # JVPs that are computed at once
 
 
 @dataclass
@@ -48,14 +50,14 @@ class Update:
         """The change from `base` to `tuned`, MLPs of the same block.
 
         Raises:
-            ValueError: If their weights do not correspond.
+            UsageError: If their weights do not correspond.
         """
         module, other = plain_copy(base.module), plain_copy(tuned.module)
         weights = {name: p.detach() for name, p in module.named_parameters()}
         after = {name: p.detach().to(weights[name].device) for name, p in other.named_parameters() if name in weights}
         shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (module, other)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"the MLPs of base and tuned differ: {shapes[0]} and {shapes[1]}")
+            raise UsageError(f"the MLPs of base and tuned differ: {shapes[0]} and {shapes[1]}")
         change = {name: after[name] - p for name, p in weights.items()}
         output = tuple(name for name in weights if name.startswith(f"{base.output}."))
         return cls(module, weights, change, output, base.takes_residual)
@@ -73,7 +75,7 @@ class Update:
         """`(df/dW) dW` for the weights of these names, of shape `(..., d)`: an exact JVP.
 
         Raises:
-            ValueError: If an activation has no derivative in forward mode (Bloom's).
+            UsageError: If an activation has no derivative in forward mode (Bloom's).
         """
         tangent = {k: self.change[k] if k in names else torch.zeros_like(p) for k, p in self.weights.items()}
         try:
@@ -81,9 +83,9 @@ class Update:
         except RuntimeError as error:
             if "setup_context" not in str(error):
                 raise
-            raise ValueError(
-                f"{type(self.module).__name__} computes its activation by an autograd function of its own, which has "
-                "no derivative in forward mode"
+            raise UsageError(
+                f"{type(self.module).__name__} computes its activation by its own autograd function, which has no "
+                "derivative in forward mode"
             ) from error
 
     def jacobian(self, h: torch.Tensor) -> torch.Tensor:
@@ -102,7 +104,7 @@ class Update:
 
 
 def match(update: Update, h: torch.Tensor, tolerances: tuple[float, ...] = TOLERANCES) -> dict:
-    """What steering can do for one token.
+    """What steering can do of a weight update, for one token.
 
     Args:
         update: The MLP and its change.

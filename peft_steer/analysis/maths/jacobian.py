@@ -1,6 +1,6 @@
-"""How an error in a block's output grows until the model's output: the Jacobian of what follows the block.
+"""The Jacobian of what follows a block: how an error in the block's output grows up to the model's output.
 
-Steering blocks one after another leaves an error at each; the later blocks pass it on (arXiv 2603.00425, on the
+Steering blocks one after another leaves an error at each, which the later blocks pass on (arXiv 2603.00425, on the
 growth of errors). With `h` the block's output, `(tokens, d)`, and `F(h)` the last hidden state, which the language
 model head reads, an error `e` becomes `J e` to first order, `J = dF/dh`. Errors are relative, token by token: `e_t /
 |h_t|` before and `(J e)_t / |F_t|` after, so that gains of blocks of different scale can be compared. `J` is never
@@ -16,17 +16,18 @@ from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peft_steer.sites import Block
+from peft_steer.utils.errors import UsageError
 
 from ..capture.steering import replaced
 
 
 class Tail:
-    """What follows each block, on one batch.
+    """The part of a model after each block, on one batch.
 
     Args:
         model: A decoder that returns `last_hidden_state`.
         blocks: Its blocks.
-        inputs: Of its forward pass.
+        inputs: Keyword arguments of its forward pass.
     """
 
     def __init__(self, model: nn.Module, blocks: list[Block], inputs: dict):
@@ -68,17 +69,17 @@ class Tail:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Says of a part of a model that cannot be differentiated that it cannot."""
+def _forward_mode_only() -> Iterator[None]:
+    """Raises `UsageError` if a part of the model has no derivative in forward mode."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
         if "setup_context" not in str(error) and "forward AD" not in str(error):
             raise
-        raise ValueError(f"a part of the model has no derivative in forward mode: {error}") from error
+        raise UsageError(f"a part of the model has no derivative in forward mode: {error}") from error
 
 
-@_refusing()
+@_forward_mode_only()
 def gains(
     tail: Tail, i: int, mask: torch.Tensor, iterations: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,32 +89,32 @@ def gains(
         tail: The model on a batch.
         i: The block.
         mask: `(batch, length)`, true where there is a token.
-        iterations: Of the power iteration on `J^T J`, at least 1.
-        generator: For the random errors it starts from.
+        iterations: Steps of the power iteration on `J^T J`, at least 1.
+        generator: Draws the random errors that it starts from.
 
     Returns:
-        `(largest, typical)`, each `(batch,)`, float64: the largest singular value of the relative Jacobian of each
-        row, from below, and its root mean square over random errors, of which each row draws one.
+        `(largest, typical)`, each `(batch,)`, float64: of each row's relative Jacobian the largest singular value, a
+        lower bound, and the gain of one random error, whose root mean square over rows is the typical gain.
 
     Raises:
-        ValueError: If a part of the model has no derivative in forward mode (Bloom's activation).
+        UsageError: If a part of the model has no derivative in forward mode (Bloom's activation).
     """
     h, function = tail.state(i), tail.after(i)
-    out, back = vjp(function, h)
+    out, back = vjp(function, h)  # type: ignore[misc]  # (three values with has_aux alone)
     present = mask[..., None].to(h.dtype)
     scale_in = h.norm(dim=-1, keepdim=True) * present
     scale_out = present / out.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)
     error = torch.randn(h.shape, generator=generator, dtype=torch.float32).to(h) * present
-    largest = typical = None
-    for step in range(iterations):
-        error = error / _norm(error)
-        response = jvp(function, (h,), (error * scale_in,))[1] * scale_out
-        largest = _norm(response).flatten().double()
-        if step == 0:
-            typical = largest
-        if step + 1 < iterations:
-            error = back(response * scale_out)[0] * scale_in
-    return largest, typical
+
+    def response(error: torch.Tensor) -> torch.Tensor:
+        return jvp(function, (h,), (error * scale_in,))[1] * scale_out
+
+    change = response(error / _norm(error))
+    typical = _norm(change).flatten().double()
+    for _ in range(iterations - 1):
+        error = back(change * scale_out)[0] * scale_in
+        change = response(error / _norm(error))
+    return _norm(change).flatten().double(), typical
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

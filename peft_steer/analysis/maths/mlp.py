@@ -1,13 +1,14 @@
 """A block's MLP as a function of its weights and its input, in float64: `f(W, h)`, a GLU or a plain MLP.
 
-Its structure is found by names of attributes, as in `sites.py`. Weights that are quantized are dequantized, and what a
-PEFT adapter changes of them (LoRA's `B A`) is merged in, in a copy: the model stays as it is.
+Its structure is found by names of attributes, as in `peft_steer.sites`. In a copy of the MLP quantized weights are
+dequantized and a PEFT adapter's change of them (LoRA's `B A`) is merged; the model itself is not changed.
 """
 
 import copy
 import inspect
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,6 +18,7 @@ from torch import nn
 
 from peft_steer.sites import Block, mlp_name, output_linear
 from peft_steer.tuners.steer.layer import SteerLayer
+from peft_steer.utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Mlp:
     """The MLP of a block.
 
     Attributes:
-        module: What maps the MLP's input `h`, `(..., d)`, to its output, `(..., d)`.
+        module: Maps the MLP's input `h`, `(..., d)`, to its output, `(..., d)`.
         first: The module whose first argument is `h`.
-        output: Name in `module` of the linear layer that ends it, `W_d`.
+        output: Name in `module` of its last linear layer, `W_d`.
         takes_residual: Whether the module adds a second argument, the skip connection, itself (Bloom).
     """
 
@@ -40,14 +42,14 @@ def find_mlp(block: Block) -> Mlp:
     """The MLP of `block`.
 
     Raises:
-        ValueError: If it is no GLU or plain MLP that can be recognised, such as a mixture of experts.
+        UsageError: If it is not recognised as a GLU or a plain MLP (a mixture of experts is not).
     """
     name = mlp_name(block)
     if name is not None:
         module = block.module.get_submodule(name)
         output = output_linear(module)
         if not output:
-            raise ValueError(
+            raise UsageError(
                 f"the MLP {block.name}.{name} ({type(module).__name__}) does not end in one linear layer, as a GLU "
                 "and a plain MLP do; a mixture of experts has no single Jacobian to compare steering with"
             )
@@ -58,7 +60,7 @@ def find_mlp(block: Block) -> Mlp:
         if all(name in parts for name in names):
             chain = OrderedDict((name.rpartition(".")[2], parts[name]) for name in names)
             return Mlp(nn.Sequential(chain), parts[names[0]], next(reversed(chain)))
-    raise ValueError(f"no MLP was recognised in block {block.name!r} ({type(block.module).__name__})")
+    raise UsageError(f"no MLP was recognised in block {block.name!r} ({type(block.module).__name__})")
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
@@ -66,10 +68,10 @@ def plain_copy(module: nn.Module) -> nn.Module:
     quantized weights are dequantized, active adapters merged.
 
     Raises:
-        ValueError: If a layer's effective weight is not to be had, or a layer edits activations.
+        UsageError: If a layer's effective weight cannot be computed, or a layer edits activations.
     """
     if any(isinstance(m, SteerLayer) for m in module.modules()):
-        raise ValueError(
+        raise UsageError(
             "the tuned model's MLPs are steered: their activations are edited, not their weights. Compare with a "
             "model or adapter that changes weights, such as LoRA"
         )
@@ -86,7 +88,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     new._buffers = {
         k: b.double() if b is not None and b.is_floating_point() else b for k, b in module._buffers.items()
     }
-    new._modules = {name: plain_copy(child) for name, child in module._modules.items()}
+    new._modules = {k: None if m is None else plain_copy(m) for k, m in module._modules.items()}
     return new
 
 
@@ -94,22 +96,22 @@ def _dequantized(module: nn.Module) -> nn.Module:
     weight = dequantize_module_weight(module)
     shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if not weight.is_floating_point() or tuple(weight.shape) != shape:
-        raise ValueError(
+        raise UsageError(
             f"the weights of {type(module).__module__}.{type(module).__name__} cannot be dequantized here; load the "
             "model without quantization, or with bitsandbytes'"
         )
-    return _linear(weight.detach().double(), module.bias)
+    return _linear(weight.detach().double(), getattr(module, "bias", None))
 
 
 def _merged(layer: BaseTunerLayer) -> nn.Module:
-    """The linear layer that is equal to the adapted one."""
-    base = plain_copy(layer.get_base_layer())
+    """The linear layer with the same effect as the adapted one."""
+    base: Any = plain_copy(layer.get_base_layer())
     if layer.disable_adapters:
         return base
     if not isinstance(layer, LoraLayer):
-        raise ValueError(
-            f"the adapter's {type(layer).__name__} has no change of weights to compare with: merge it into the base "
-            "and give the merged model as the tuned one"
+        raise UsageError(
+            f"the change of weights of the adapter's {type(layer).__name__} is unknown: merge it into the base and "
+            "give the merged model as the tuned one"
         )
     if layer.merged:  # the base layer has it already
         return base
@@ -117,29 +119,30 @@ def _merged(layer: BaseTunerLayer) -> nn.Module:
         if name not in layer.lora_A and name not in layer.lora_embedding_A:
             continue
         if layer.lora_variant.get(name) is not None:
-            raise ValueError(
-                f"adapter {name!r} is a variant of LoRA (DoRA or another) whose change of weights is no sum; merge it "
-                "into the base and give the merged model as the tuned one"
+            raise UsageError(
+                f"adapter {name!r} is a variant of LoRA (DoRA or another) that does not add `B A` to the weights; "
+                "merge it into the base and give the merged model as the tuned one"
             )
         base.weight += _delta(layer, name).to(base.weight.device)
         if layer.lora_bias[name] and base.bias is None:
-            raise ValueError(
-                f"adapter {name!r} gives linear layers a bias (lora_bias) that they do not have in the base, which is "
-                "no change of a weight; train it without lora_bias to compare it"
+            raise UsageError(
+                f"adapter {name!r} gives linear layers a bias (lora_bias) that they do not have in the base, which "
+                "changes no weight; train it without lora_bias to compare it"
             )
         if layer.lora_bias[name]:
             base.bias += layer.lora_B[name].bias.detach().double() * layer.scaling[name]
     return base
 
 
-def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
+def _delta(layer: Any, name: str) -> torch.Tensor:
     """`scaling * B A` in float64, in the layout of the base weight."""
-    delta = layer.lora_B[name].weight.detach().double() @ layer.lora_A[name].weight.detach().double()
+    A, B = (linear[name].weight.detach().double() for linear in (layer.lora_A, layer.lora_B))
+    delta = B @ A
     return (delta.t() if getattr(layer, "fan_in_fan_out", False) else delta) * layer.scaling[name]
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+def _linear(weight: torch.Tensor, bias: Any) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().double(), requires_grad=False)

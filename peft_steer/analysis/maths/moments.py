@@ -1,4 +1,4 @@
-"""First and second moments of hidden states, accumulated in float64: their size does not depend on the text's."""
+"""First and second moments of hidden states, accumulated in float64 over streamed batches."""
 
 import logging
 
@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 class Moments:
-    """Of vectors `x`.
+    """The moments of vectors `x`.
 
     Attributes:
         n: Number of vectors.
@@ -43,12 +43,11 @@ class Moments:
         return self.square / self.n - torch.outer(self.mean, self.mean)
 
 
-def say_if_singular(moments: Moments, label: str) -> None:
-    """Logs that the moments of no more vectors than dimensions know nothing of the other directions."""
+def warn_if_singular(moments: Moments, label: str) -> None:
+    """Logs a warning if there are no more vectors than dimensions: the other directions are unknown."""
     if moments.n <= (d := len(moments.total)):
         logger.warning(
-            "The moment matrix of %s is singular: %d vectors of width %d show no more than %d directions. More text "
-            "shows the others.",
+            "The moment matrix of %s is singular: %d vectors of width %d span at most %d directions. Give more text.",
             label,
             moments.n,
             d,
@@ -57,7 +56,7 @@ def say_if_singular(moments: Moments, label: str) -> None:
 
 
 def spectrum(moments: Moments, ranks: tuple[int, ...]) -> dict[str, float]:
-    """What the covariance of vectors says of how many directions they have.
+    """How many directions vectors spread over, from their covariance.
 
     Returns:
         `rms`: `sqrt(E |x|^2)`. `constant`: the share of `E |x|^2` that lies in the mean, which a fixed vector steers.

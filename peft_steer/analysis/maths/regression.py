@@ -14,14 +14,14 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Least eigenvalue of the inputs' moments, scaled to a unit diagonal, below which they are taken for singular.
+# The inputs' moments, scaled to a unit diagonal, count as singular if an eigenvalue is below this.
 _SINGULAR = 1e-11
 _RIDGE = 1e-6
 
 
 class PairMoments:
-    """First and second moments of weighted pairs of vectors `(x, y)`, in float64: 16 d^2 bytes, whatever the text's
-    length.
+    """First and second moments of weighted pairs of vectors `(x, y)`, in float64: 16 d^2 bytes for any number of
+    pairs.
 
     Attributes:
         n: Number of pairs. weight: Sum of their weights.
@@ -78,8 +78,8 @@ class RankedMaps:
 
     Attributes:
         V: `(d, d)`, orthonormal columns, the most important first. A: `(d, d)`: rank `r` has `M = V[:, :r] A[:r]`.
-        x, y: `(d,)`, what is subtracted from the inputs and added to the outputs; zero without a bias.
-        ridge: What was added to the diagonal of the inputs' moments, relative to it.
+        x, y: `(d,)`, subtracted from the inputs and added to the outputs; zero without a bias.
+        ridge: Was added to the diagonal of the inputs' moments, relative to it.
     """
 
     V: torch.Tensor
@@ -96,13 +96,13 @@ class RankedMaps:
         return LowRankMap(root[:, None] * right, V @ (left * root), self.y - V @ (A @ self.x))
 
     def up_to(self, r: int) -> "RankedMaps":
-        """Those of ranks up to `r`, in memory of their own."""
+        """The maps of ranks up to `r`, as copies that free the others' memory."""
         return replace(self, V=self.V[:, :r].clone(), A=self.A[:r].clone())
 
     def residuals(self, moments: PairMoments) -> torch.Tensor:
         """`(d + 1,)`: `E |y - M x - b|^2` at rank 0 (the bias alone), 1, ..., d, on any pairs."""
         xx, xy, yy = moments.about(self.x, self.y)
-        # The columns of V are orthonormal, so that each rank's share adds to those before it.
+        # The columns of V are orthonormal, so the ranks' shares add up.
         gains = 2 * ((self.A @ xy) * self.V.T).sum(1) - ((self.A @ xx) * self.A).sum(1)
         return torch.cat([gains.new_tensor([yy]), yy - gains.cumsum(0)]).clamp(min=0)
 
@@ -128,7 +128,7 @@ def fit(moments: PairMoments, affine: bool = True, ridge: float = 0.0, label: st
         ridge = _RIDGE
         logger.warning(
             "The moment matrix of %s is singular (%d vectors of width %d): regularized with a ridge of %g of its "
-            "diagonal. More text makes it unnecessary.",
+            "diagonal. More text makes that unnecessary.",
             label,
             moments.n,
             len(x),

@@ -8,14 +8,18 @@ from peft_steer.bench.store import Store
 
 
 class EngineError(RuntimeError):
-    """No cell can be run: there are no workers, or they do not start."""
+    """No cell can be run: no workers start."""
 
 
 class Engine(Protocol):
-    """Workers that run cells. A context manager: leaving it ends the workers, with whatever they are doing."""
+    """Workers that run cells. Leaving its context ends them, whatever they are doing."""
+
+    def __enter__(self) -> "Engine": ...
+
+    def __exit__(self, *_: object) -> None: ...
 
     def check(self, cells: list[Cell]) -> None:
-        """Raises a `ValueError` if one of the cells cannot be run here."""
+        """Raises a `UsageError` if one of the cells cannot be run here."""
 
     def has_room(self, cell: Cell) -> bool:
         """Whether `start` may be called now."""

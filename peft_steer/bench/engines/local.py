@@ -1,4 +1,4 @@
-"""Cells on this machine: in worker processes that keep the base model loaded, and that a crash is confined to."""
+"""Cells on this machine, in worker processes that keep the base model loaded. A crash ends one worker only."""
 
 import math
 import multiprocessing
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from peft_steer.utils.devices import visibility_variable, visible_accelerators
+from peft_steer.utils.errors import UsageError
 
 from ..grid.plan import Cell
 from ..run.multiprocess import shared_batch
@@ -27,7 +30,7 @@ class LocalEngine:
     """
 
     def __init__(self, jobs: int = 1):
-        self._gpus = _visible_gpus()
+        self._gpus = visible_accelerators()
         self._slots = [_Slot(devices, jobs) for devices in _shares(self._gpus, jobs)]
 
     def __enter__(self) -> "LocalEngine":
@@ -38,7 +41,7 @@ class LocalEngine:
             slot.stop()
 
     def check(self, cells: list[Cell]) -> None:
-        """Raises a `ValueError` if one of the cells needs more GPUs than a worker has."""
+        """Raises a `UsageError` if one of the cells needs more GPUs than a worker has."""
         have = len(self._slots[0].devices)
         for cell in cells:
             need = math.ceil(cell.gpus)
@@ -48,7 +51,7 @@ class LocalEngine:
             if need > have:
                 remedies = {True: "use --engine ray", not have: "`gpus: 0` runs it on the CPU"}
                 remedies[need <= len(self._gpus)] = "use fewer --jobs"
-                raise ValueError(
+                raise UsageError(
                     f"{cell.name}: needs {need} GPUs, and each of {len(self._slots)} jobs has {have}; {remedies[True]}"
                 )
 
@@ -80,7 +83,7 @@ class _Slot:
         self.cell: Cell | None = None
         self.model: Any = None
         self.process: Any = None
-        self.connection: Connection | None = None
+        self.connection: Any = None
         self._visible: list[str] = []
 
     def start(self, cell: Cell, store: Store) -> None:
@@ -94,17 +97,18 @@ class _Slot:
 
     def take(self) -> tuple[Cell, dict[str, Any]]:
         cell, self.cell = self.cell, None
+        assert cell is not None
         try:
-            if not self.connection.poll():  # open still in a process that it started
+            if not self.connection.poll():  # a process that it started still has the other end open
                 raise EOFError
             result = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join()
             code = self.process.exitcode
-            error = f"its process ended with exit code {code}, without a word (-9 is often: out of memory)"
+            error = f"its process died with exit code {code} (-9 often means out of memory)"
             result = {"status": "failed", "error": error}
         if result["status"] == "failed":
-            self.stop()  # who knows what the error left behind
+            self.stop()  # the error may have left it in any state
         return cell, result
 
     def stop(self) -> None:
@@ -127,7 +131,7 @@ def _work(connection: Connection, gpus: list[str], jobs: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends this process
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        os.environ[visibility_variable()] = ",".join(gpus)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     worker = Worker()
@@ -142,7 +146,9 @@ def _work(connection: Connection, gpus: list[str], jobs: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)
 
 
@@ -156,12 +162,6 @@ def _print_to(path: Path) -> None:
 def _model(cell: Cell) -> tuple[str, str, str]:
     """What the base model of a cell is known by."""
     return cell.source, cell.dtype, repr(cell.quantization)
-
-
-def _visible_gpus() -> list[str]:
-    count = torch.cuda.device_count()
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return (named or [str(i) for i in range(count)])[:count]
 
 
 def _shares(gpus: list[str], jobs: int) -> list[list[str]]:

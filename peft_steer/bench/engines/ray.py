@@ -1,4 +1,5 @@
-"""Cells on a Ray cluster: actors that keep the base model loaded, replaced when their node is lost.
+"""Cells on a Ray cluster, in actors that keep the base model loaded. Ray places them, restarts one whose node is lost,
+and runs its cell again.
 
 The driver writes everything: results come back to it, and so do trained adapters, which are sent along where a later
 cell starts from one. Nodes need no directory in common, but each must be able to load the models: hub ids, or paths
@@ -12,90 +13,92 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from peft_steer.bench.engines.base import EngineError
+from peft_steer.utils.errors import UsageError
+from peft_steer.utils.files import atomic_path
 
 from ..grid.plan import Cell
 from ..run.multiprocess import shared_batch
 from ..run.worker import Worker
-from ..store import Store, whole_folder
+from ..store import Store
+from .base import EngineError
 
 
 try:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayActorError, RayError, RayTaskError
 except ImportError as error:
-    raise ImportError("--engine ray needs Ray: pip install 'peft-steer[ray]'") from error
+    raise UsageError("--engine ray needs Ray: pip install 'peft-steer[ray]'") from error
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 3  # of a cell whose worker is lost, or of starting a worker
+_RESTARTS = 2  # of a worker while it runs one cell
 
 
 class _Remote:
     """The actor: a `Worker` whose adapters come and go as files."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._worker = Worker()
 
     def ready(self) -> None:
         """Returns when the actor runs."""
 
-    def run(self, cell: Cell, files: dict[str, bytes] | None) -> tuple[dict[str, Any], dict[str, bytes] | None]:
-        """The result of a cell, and the files of its adapter if it was trained here."""
+    def run(self, cell: Cell, files: dict[str, bytes] | None) -> tuple[dict[str, Any], dict[str, bytes] | None, bool]:
+        """The result of a cell, the files of its adapter if it was trained here, and whether the actor was
+        restarted."""
         with tempfile.TemporaryDirectory(prefix="peft-steer-") as folder:
             adapter = Path(folder) / cell.training_key
             if files is not None:
                 adapter.mkdir()
                 _unpack(files, adapter)
             result = self._worker.run(cell, adapter)
-            return result, _pack(adapter) if files is None and adapter.is_dir() else None
-
-
-class _Task(NamedTuple):
-    cell: Cell
-    store: Store
-    attempt: int = 1
+            trained = _pack(adapter) if files is None and adapter.is_dir() else None
+            return result, trained, ray.get_runtime_context().was_current_actor_reconstructed
 
 
 class _Actor:
     """An actor of the cluster, and what it does."""
 
+    handle: Any  # Ray makes its methods
+
     def __init__(self, resources: tuple[float, int]):
         gpus, processes = self.resources = resources
-        self.handle = ray.remote(_Remote).options(num_cpus=processes, num_gpus=gpus).remote()
-        self.waiting_for: ray.ObjectRef | None = self.handle.ready.remote()
-        self.task: _Task | None = None  # None while it starts, too
+        # An unreachable node costs several retries in a second, so it is the restarts that have a limit.
+        options = {"max_restarts": _RESTARTS, "max_task_retries": -1}
+        self.handle = ray.remote(_Remote).options(num_cpus=processes, num_gpus=gpus, **options).remote()
+        self.pending: ray.ObjectRef | None = self.handle.ready.remote()
+        self.cell: Cell | None = None
+        self.store: Store | None = None
+        self.started = False
 
-    def run(self, task: _Task) -> None:
-        path = task.store.adapter_path(task.cell)
-        files = _pack(path) if path.is_dir() else None
-        self.task, self.waiting_for = task, self.handle.run.remote(task.cell, files)
+    def run(self, cell: Cell, store: Store) -> None:
+        path = store.adapter_path(cell)
+        self.cell, self.store = cell, store
+        self.pending = self.handle.run.remote(cell, _pack(path) if path.is_dir() else None)
 
 
 class RayEngine:
     """Runs `jobs` cells at a time (by default as many as the cluster has room for) on actors that take `gpus` GPUs
-    and a CPU a process.
+    and a CPU for each process.
 
     Args:
         address: The cluster's, as `ray.init` takes it. Without one, `RAY_ADDRESS`; without that, a cluster of its own
             on this machine.
-        jobs: At most so many cells at a time. On a cluster that grows on demand, this is what it grows to.
+        jobs: At most so many cells at a time. A cluster that grows on demand grows to this.
     """
 
     def __init__(self, address: str | None = None, jobs: int | None = None):
         self.address, self.jobs = address, jobs
         self._actors: list[_Actor] = []
-        self._again: list[_Task] = []  # lost with their workers
-        self._failed_starts = 0
         self._owned = False
 
     def __enter__(self) -> "RayEngine":
         if not ray.is_initialized():
             address = self.address or os.environ.get("RAY_ADDRESS") or "local"
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            alone = {"include_dashboard": False} if address == "local" else {}
+            alone: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             try:
                 _knock(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **alone)
@@ -112,44 +115,44 @@ class RayEngine:
             ray.shutdown()
 
     def check(self, cells: list[Cell]) -> None:
-        """Raises a `ValueError` if a cell's batch cannot be divided among its processes."""
+        """Raises a `UsageError` if a cell's batch cannot be divided among its processes."""
         for cell in cells:
             if cell.processes > 1:
                 shared_batch(cell)
 
     def has_room(self, cell: Cell) -> bool:
-        """Whether an idle actor has the cell's resources. If not, as many are begun as the cluster has room for."""
-        return not self._again and self._idle(cell) is not None
+        """Whether an idle actor has the cell's resources. If not, as many are started as the cluster has room for."""
+        self._make_room_for_lost()
+        return self._idle(cell) is not None
 
     def start(self, cell: Cell, store: Store) -> None:
         """Begins a cell on an idle actor."""
-        self._idle(cell).run(_Task(cell, store))
+        actor = self._idle(cell)
+        assert actor is not None, "start() without has_room()"
+        actor.run(cell, store)
 
     def finished(self, timeout: float) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """The cells that ended, with their results. One whose worker is lost is begun again, three times in all."""
-        for task in list(self._again):
-            actor = self._idle(task.cell)
-            if actor is not None:
-                self._again.remove(task)
-                actor.run(task)
-        pending = {actor.waiting_for: actor for actor in self._actors if actor.waiting_for is not None}
+        """The cells that ended, with their results."""
+        self._make_room_for_lost()
+        pending = {actor.pending: actor for actor in self._actors if actor.pending is not None}
         if not pending:
             time.sleep(timeout)
             return
         for reference in ray.wait(list(pending), num_returns=1, timeout=timeout)[0]:
-            task = pending[reference].task
-            result = self._take(pending[reference])
-            if result is not None:
-                yield task.cell, result
+            actor = pending[reference]
+            if actor.cell is None:
+                self._greet(actor)
+            else:
+                yield actor.cell, self._take(actor)
 
     def _idle(self, cell: Cell) -> _Actor | None:
         resources = (cell.gpus, cell.processes)
         same = [actor for actor in self._actors if actor.resources == resources]
-        idle = [actor for actor in self._actors if actor.waiting_for is None]
+        idle = [actor for actor in self._actors if actor.pending is None]
         for actor in idle:
             if actor in same:
                 return actor
-        for actor in idle:  # holds what this cell's needs
+        for actor in idle:  # it holds resources that this cell needs
             self._drop(actor)
         room = _room(*resources)
         if not room and not same:
@@ -158,45 +161,56 @@ class RayEngine:
         self._actors += [_Actor(resources) for _ in range(wanted - len(same))]
         return None
 
-    def _take(self, actor: _Actor) -> dict[str, Any] | None:
-        """What an actor's call gave, if it was a cell that has ended."""
-        task, reference = actor.task, actor.waiting_for
-        actor.task = actor.waiting_for = None
-        try:
-            value = ray.get(reference)
-        except RayError as error:
-            self._drop(actor)
-            return self._lost(task, error)
-        self._failed_starts = 0
-        if task is None:
-            return None
-        result, files = value
-        if files is not None:
-            with whole_folder(task.store.adapter_path(task.cell)) as folder:
-                _unpack(files, folder)
-        if result["status"] == "failed":
-            self._drop(actor)  # who knows what the error left behind
-        return result
+    def _make_room_for_lost(self) -> None:
+        """Ray restarts lost actors as soon as there is room, and idle ones may hold it."""
+        for actor in [actor for actor in self._actors if actor.pending is None]:
+            running = [other for other in self._actors if other.started and other.resources == actor.resources]
+            if len(running) > max(1, _room(*actor.resources)):
+                self._drop(actor)
 
-    def _lost(self, task: _Task | None, error: RayError) -> dict[str, Any] | None:
-        reason = str(error).strip().splitlines()[-1]
-        if task is None:
-            self._failed_starts += 1
-            if self._failed_starts == _ATTEMPTS:
-                remedy = "all nodes need peft-steer[train,eval] in the same version"
-                raise EngineError(f"workers do not start on this cluster: {reason} ({remedy})") from error
-            return None
-        if isinstance(error, RayTaskError):
-            return {"status": "failed", "error": reason, "traceback": str(error)}
-        if task.attempt == _ATTEMPTS:
-            return {"status": "failed", "error": f"its worker was lost {_ATTEMPTS} times: {reason}"}
-        logger.warning("%s: its worker was lost, it begins again: %s", task.cell.name, reason)
-        self._again.append(task._replace(attempt=task.attempt + 1))
-        return None
+    def _greet(self, actor: _Actor) -> None:
+        assert actor.pending is not None
+        try:
+            ray.get(actor.pending)
+        except RayError as error:
+            raise EngineError(
+                f"workers do not start on this cluster: {_last_line(error)} (all nodes need peft-steer[train,eval] in "
+                "the same version)"
+            ) from error
+        actor.pending, actor.started = None, True
+
+    def _take(self, actor: _Actor) -> dict[str, Any]:
+        """The result of the actor's cell, which has ended; its adapter is put into the store."""
+        cell, store, reference = actor.cell, actor.store, actor.pending
+        assert cell is not None
+        assert store is not None
+        assert reference is not None
+        actor.cell = actor.store = actor.pending = None
+        try:
+            result, files, lost = ray.get(reference)
+        except RayActorError as error:
+            self._drop(actor)
+            reason = f"its worker was lost {_RESTARTS + 1} times: {_last_line(error)}"
+            return {"status": "failed", "error": reason}
+        except RayTaskError as error:
+            self._drop(actor)
+            return {"status": "failed", "error": _last_line(error), "traceback": str(error)}
+        if lost:
+            logger.warning("%s: its worker was lost; Ray ran it again", cell.name)
+        if files is not None:
+            with atomic_path(store.adapter_path(cell)) as folder:
+                _unpack(files, folder)
+        if lost or result["status"] == "failed":  # its restarts are counted; the error may have left it in any state
+            self._drop(actor)
+        return result
 
     def _drop(self, actor: _Actor) -> None:
         self._actors.remove(actor)
         ray.kill(actor.handle)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _knock(address: str) -> None:

@@ -13,6 +13,8 @@ import torch
 from peft import get_peft_config, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from peft_steer.utils.errors import UsageError, usage_errors
+
 from .plan import FULL, Contender, Grid, Method, Model, peft_fields
 
 
@@ -20,41 +22,42 @@ def contenders(grid: Grid) -> tuple[list[Contender], list[str]]:
     """The grid's methods as they will be trained, and a line about each rank that was matched, or could not be.
 
     Raises:
-        ValueError: If a method does not fit a model, naming both.
-        OSError: If a model's configuration cannot be loaded.
+        UsageError: If a method does not fit a model, naming both, or if a model's configuration cannot be loaded.
     """
-    found, remarks = [], []
+    entrants, remarks = [], []
     for model in grid.models:
         budget = None
         if grid.match is not None:
             reference = next(method for method in grid.methods if method.name == grid.match)
             budget = _size(model, reference, reference.variants()[0])
             if budget is None:
-                raise ValueError(f"match: the size of {grid.match!r} cannot be known before {model.name} is loaded")
+                raise UsageError(f"match: the size of {grid.match!r} cannot be known before {model.name} is loaded")
         for method in grid.methods:
             configs = method.variants()
             if method.matched and budget:
                 configs, remark = _matched(model, method, configs, budget)
                 remarks.append(f"{model.name}: {method.name}: {remark}")
             sizes = tuple(_size(model, method, config) for config in configs)
-            found.append(Contender(model, method, tuple(configs), sizes))
-    return found, remarks
+            entrants.append(Contender(model, method, tuple(configs), sizes))
+    return entrants, remarks
 
 
 def meta_model(source: str) -> PreTrainedModel:
     """A model of which only the configuration is read, without memory for its weights."""
+    with usage_errors(f"{source}: "):
+        config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _size(model: Model, method: Method, config: dict[str, Any]) -> int | None:
     """Trainable parameters; None if the method needs the weights to tell."""
     if config.get("peft_type") == FULL and model.quantization:
-        raise ValueError(f"method {method.name!r}: quantized weights cannot be trained ({model.name})")
+        raise UsageError(f"method {method.name!r}: quantized weights cannot be trained ({model.name})")
     try:
         return _trainable(model.source, json.dumps(config, sort_keys=True))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"method {method.name!r} does not fit {model.name}: {error}") from error
+        raise UsageError(f"method {method.name!r} does not fit {model.name}: {error}") from error
 
 
 @cache
@@ -79,13 +82,15 @@ def _matched(
     model: Model, method: Method, variants: list[dict[str, Any]], budget: int
 ) -> tuple[list[dict[str, Any]], str]:
     """The variants with the rank whose number of parameters is nearest to `budget`, and what to say about it."""
+    field = method.matched
+    assert field is not None
 
     def size(variant: dict[str, Any], rank: int) -> int:
-        count = _size(model, method, {**variant, method.matched: rank})
+        count = _size(model, method, {**variant, field: rank})
         if count is None:
-            raise ValueError(
+            raise UsageError(
                 f"method {method.name!r}: its size cannot be known before {model.name} is loaded, so `match` cannot "
-                f"choose; give its {method.matched}"
+                f"choose; give its {field}"
             )
         return count
 
@@ -93,10 +98,10 @@ def _matched(
     for variant in variants:
         rank = _nearest(partial(size, variant), budget)
         if rank is None:
-            return variants, f"its size does not depend on {method.matched}, so there is nothing to match"
-        chosen.append({**variant, method.matched: rank})
+            return variants, f"its size does not depend on {field}, so there is nothing to match"
+        chosen.append({**variant, field: rank})
         count = size(variant, rank)
-        said.append(f"{method.matched}={rank} ({count:,} parameters, {count / budget:.2f} x {budget:,})")
+        said.append(f"{field}={rank} ({count:,} parameters, {count / budget:.2f} x {budget:,})")
     return chosen, "; ".join(dict.fromkeys(said))
 
 

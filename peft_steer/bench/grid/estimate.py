@@ -14,6 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from transformers import AutoTokenizer
 
 from peft_steer.evaluation.datasets import sft_dataset
+from peft_steer.utils.devices import default_device
 
 from .candidates import meta_model
 from .plan import FULL, Cell
@@ -92,7 +93,7 @@ class Estimator:
 
     def _operations_per_second(self, dtype: str) -> float:
         if dtype not in self._speed:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = default_device()
             x, w = (torch.randn(1024, 1024, dtype=getattr(torch, dtype), device=device) for _ in range(2))
             timer = torch.utils.benchmark.Timer("x @ w", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
             self._speed[dtype] = 2 * 1024**3 / timer.blocked_autorange(min_run_time=0.5).median

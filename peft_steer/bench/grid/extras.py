@@ -23,7 +23,7 @@ def parse_choose(raw: Any, trainers: list[str]) -> dict[str, Any]:
 
 def parse_retention(raw: Any) -> tuple[dict[str, Any], ...]:
     """`retention: [TASK, {name: TASK, limit: N, metadata: {...}}]`."""
-    kept = []
+    kept: list[dict[str, Any]] = []
     for index, entry in enumerate(_list("retention", raw)):
         where = f"retention[{index}]"
         fields = _mapping(where, entry if isinstance(entry, dict) else {"name": entry}, ("name", "limit", "metadata"))
@@ -31,7 +31,7 @@ def parse_retention(raw: Any) -> tuple[dict[str, Any], ...]:
         limit = fields.get("limit")
         limit = None if limit is None else parse_count(f"{where}: limit", limit, least=1)
         kept.append({"name": name, "limit": limit, "metadata": _mapping(f"{where}: metadata", fields.get("metadata"))})
-    names = [entry["name"] for entry in kept]
+    names = [str(entry["name"]) for entry in kept]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"retention: the names {sorted(twice)} occur twice")
     return tuple(kept)
@@ -45,7 +45,7 @@ def parse_reference(raw: Any) -> tuple[Reference, ...]:
         fields = _mapping(where, entry, ("method", "task", "score", "source", "n", "model"))
         score = fields.get("score")
         if isinstance(score, bool) or not isinstance(score, (int, float)):
-            raise ValueError(f"{where}: score: {score!r} is no number")
+            raise ValueError(f"{where}: score: {score!r} is not a number")
         if fields.get("n") is not None:
             parse_count(f"{where}: n", fields["n"], least=1)
         for name in ("method", "task", "source", *(["model"] if fields.get("model") is not None else [])):

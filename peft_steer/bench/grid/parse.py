@@ -2,18 +2,17 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
-import yaml
 from transformers import BitsAndBytesConfig
 
 import peft_steer  # noqa: F401  (registers the tuner types)
-from peft_steer.utils.errors import suggest
+from peft_steer.utils.errors import suggest, usage_errors
+from peft_steer.utils.yaml import read_yaml
 
 from .extras import (
     PROMPT,
@@ -52,15 +51,6 @@ def paper_rates(peft_type: str) -> tuple[float, ...]:
     return tuple(float(f"{rate:.2g}") for rate in np.geomspace(low, high, 5))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string, for want of a dot. This one reads it as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def load_grid(path: str | Path, model: str | None = None) -> Grid:
     """Reads and checks a grid.
 
@@ -69,17 +59,12 @@ def load_grid(path: str | Path, model: str | None = None) -> Grid:
         model: A directory or hub id in the place of the file's only model.
 
     Raises:
-        ValueError: For anything that cannot be run as written, naming the file, the key and a way out.
+        UsageError: For anything that cannot be run as written, naming the file, the key and a way out.
     """
     path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    try:
+    raw = read_yaml(path)
+    with usage_errors(f"{path}: ", kinds=(ValueError, TypeError)):
         return _grid(raw, model, path.parent)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _grid(raw: Any, model: str | None, folder: Path) -> Grid:
@@ -142,7 +127,7 @@ def _model(where: str, raw: Any, grid: dict) -> Model:
         raise ValueError(f"{where}: quantization: {error}") from error
     gpus = raw.get("gpus", 0)
     if isinstance(gpus, bool) or not isinstance(gpus, (int, float)) or gpus < 0:
-        raise ValueError(f"{where}: gpus: {gpus!r} is no number of at least 0")
+        raise ValueError(f"{where}: gpus: must be a number of at least 0, not {gpus!r}")
     return Model(
         name=name,
         source=name,
@@ -212,7 +197,7 @@ def _method(index: int, raw: Any, grid: dict, trainers: list[str]) -> Method:
         matched = "r"
     elif matched is not None and matched not in fields:
         hint = suggest(str(matched), list(fields))
-        raise ValueError(f"{where}: matched: {matched!r} is no field of {type_name}{hint}")
+        raise ValueError(f"{where}: matched: {matched!r} is not a field of {type_name}{hint}")
     elif matched in (*raw, *sweep):
         raise ValueError(f"{where}: {matched}: is given, and to be matched too; remove one")
     raw.setdefault("task_type", "CAUSAL_LM")
@@ -238,7 +223,7 @@ def _forgetting(value: Any, folder: Path) -> str | None:
 
 def _rate(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: {value!r} is no number (write it without quotes)")
+        raise ValueError(f"{where}: {value!r} is not a number (write it without quotes)")
     if not 0 < value < float("inf"):
         raise ValueError(f"{where}: {value} is not above 0 and finite")
     return float(value)
@@ -258,7 +243,7 @@ def _typed(where: str, value: Any, kind: type) -> Any:
 
 def _one_of(where: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(f"{where}: {value!r} is none of {choices}")
+        raise ValueError(f"{where}: {value!r} is not one of {choices}")
     return value
 
 
@@ -282,9 +267,8 @@ def _check_distinct(grid: Grid) -> None:
         names = [value.name for value in values]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{key}: the names {sorted(twice)} occur twice")
-    for key, values in [
-        ("seeds", grid.seeds),
-        *((f"method {method.name!r}: learning_rate", method.learning_rates) for method in grid.methods),
-    ]:
-        if len(set(values)) < len(values):
-            raise ValueError(f"{key}: {list(values)} has a value twice")
+    numbers: dict[str, tuple[float, ...]] = {"seeds": grid.seeds}
+    numbers |= {f"method {method.name!r}: learning_rate": method.learning_rates for method in grid.methods}
+    for key, given in numbers.items():
+        if len(set(given)) < len(given):
+            raise ValueError(f"{key}: {list(given)} has a value twice")

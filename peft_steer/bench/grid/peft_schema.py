@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_config
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
+
+from peft_steer.utils.devices import has_accelerator
 
 from .plan import FULL, STEER_RATE, Cell, peft_fields
 
@@ -78,7 +81,7 @@ def _arguments(cell: Cell) -> SFTConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers deprecates fields that TRL fills in
         arguments = {"bf16": False, **cell.train}
-        return SFTConfig("unused", report_to="none", use_cpu=not torch.cuda.is_available(), **arguments)
+        return SFTConfig("unused", report_to="none", use_cpu=not has_accelerator(), **arguments)
 
 
 def _dtype(cell: Cell) -> str:
@@ -91,8 +94,13 @@ def _batch_size(cell: Cell, arguments: SFTConfig) -> int:
     return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * cell.processes
 
 
+def _optimizer(arguments: SFTConfig) -> str:
+    name = OptimizerNames(arguments.optim).value
+    return "AdamW" if name in _ADAMW else name
+
+
 def _scheduler(arguments: SFTConfig) -> str | None:
-    name = arguments.lr_scheduler_type.value
+    name = SchedulerType(arguments.lr_scheduler_type).value
     return None if name == "constant" else name
 
 
@@ -108,8 +116,8 @@ def _inexpressible(cell: Cell, arguments: SFTConfig) -> str | None:
     warmup = int(_WARMUP * steps) if scheduler == "cosine" else 0
     if arguments.get_warmup_steps(steps) != warmup:
         return f"its warm-up is {warmup} of {steps} steps, not {arguments.get_warmup_steps(steps)}: set warmup_steps"
-    if arguments.optim.value not in _ADAMW:
-        return f"optim: {arguments.optim.value!r} is none of {_ADAMW}"
+    if OptimizerNames(arguments.optim).value not in _ADAMW:
+        return f"optim: {OptimizerNames(arguments.optim).value!r} is not one of {_ADAMW}"
     if extra := sorted(set(cell.quantization) - {"load_in_4bit", "load_in_8bit"}):
         return f"it quantizes with the defaults of BitsAndBytesConfig, without {', '.join(extra)}"
     return None
@@ -129,7 +137,9 @@ def _train_config(cell: Cell, arguments: SFTConfig) -> dict[str, Any]:
         "query_template": None,  # the task makes the prompts
         "seed": cell.seed,
         "grad_norm_clip": arguments.max_grad_norm,
-        "optimizer_type": "AdamW" if arguments.optim.value in _ADAMW else arguments.optim.value,
+        "optimizer_type": "AdamW"
+        if OptimizerNames(arguments.optim).value in _ADAMW
+        else OptimizerNames(arguments.optim).value,
         "optimizer_kwargs": {"lr": cell.learning_rate, "weight_decay": arguments.weight_decay},
         "lr_scheduler": _scheduler(arguments),
         "use_amp": bool(arguments.bf16 or arguments.fp16),
@@ -147,7 +157,7 @@ def _write_experiment(cell: Cell, arguments: SFTConfig, folder: Path) -> None:
     params["eval_steps"] = min(250, arguments.max_steps)
     _write(folder / "training_params.json", params)
     if cell.config["peft_type"] != FULL:
-        get_peft_config(peft_fields(cell.config)).save_pretrained(folder)
+        get_peft_config(peft_fields(cell.config)).save_pretrained(str(folder))
 
 
 def _result(cell: Cell, result: dict[str, Any], arguments: SFTConfig, name: str) -> dict[str, Any]:

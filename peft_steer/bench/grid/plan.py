@@ -232,7 +232,7 @@ class Grid:
     kl_prompts: int = 0
     reference: tuple[Reference, ...] = ()
 
-    def groups(self, contenders: list[Contender]) -> Iterator[list[Cell]]:
+    def options(self, contenders: list[Contender]) -> Iterator[list[Cell]]:
         """The cells of each model, task and method with the first seed, on the split where a choice is made."""
         for contender, task in self._pairs(contenders):
             choices = list(itertools.product(contender.configs, contender.method.learning_rates))
@@ -243,14 +243,16 @@ class Grid:
         """A chosen cell with every seed (the untrained base has no seed), as the grid reports it."""
         method = next(method for method in self.methods if method.name == cell.name)
         task = next(task for task in self.tasks if task.name == cell.task)
-        reported = {"limit": task.limit, "train": self._train(task, method), **self._reported()}
+        reported: dict[str, Any] = {"limit": task.limit, "train": self._train(task, method), **self._reported()}
         return [replace(cell, seed=seed, **reported) for seed in (self.seeds if cell.config else [cell.seed])]
 
     def _candidate(self, cell: Cell, task: Task) -> Cell:
         """The cell by which a choice is made. What is kept of other tasks is measured where results are reported."""
-        unreported = {} if self.split == "validation" else {"split": "validation", "retention": [], "kl_prompts": 0}
+        changes: dict[str, Any] = {"limit": self.choose.get("limit", task.limit)}
+        if self.split != "validation":
+            changes |= {"split": "validation", "retention": [], "kl_prompts": 0}
         train = {**cell.train, **merge(cell.trainer, self.choose.get("train", {}))}
-        return replace(cell, train=train, limit=self.choose.get("limit", task.limit), **unreported)
+        return replace(cell, train=train, **changes)
 
     def _reported(self) -> dict[str, Any]:
         return {"split": self.split, "retention": list(self.retention), "kl_prompts": self.kl_prompts}

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from peft_steer.utils.errors import UsageError
+
 from .plan import Cell, Contender, Grid
 
 
@@ -25,53 +27,53 @@ def run_grid(grid: Grid, contenders: list[Contender], run: Callable[[list[Cell]]
 
     The test split is evaluated once for each method and seed, and never looked at before.
     """
-    groups = list(grid.groups(contenders))
-    sweep = [cell for group in groups if _is_sweep(group) for cell in group]
-    found = dict(zip((cell.key for cell in sweep), run(sweep), strict=True))
+    options = list(grid.options(contenders))
+    sweep = [cell for cells in options if _is_sweep(cells) for cell in cells]
+    swept = dict(zip((cell.key for cell in sweep), run(sweep), strict=True))
     chosen, remarks = [], []
-    for group in groups:
-        best, remark = _choose(group, [found[cell.key] for cell in group]) if _is_sweep(group) else (group[0], None)
+    for cells in options:
+        best, remark = _choose(cells, [swept[cell.key] for cell in cells]) if _is_sweep(cells) else (cells[0], None)
         remarks += [remark] if remark else []
         chosen += grid.repeated(best) if best else []
     if grid.choose:
         said = {**grid.choose, **grid.choose.get("train", {})}
         remarks.append("Chosen with " + ", ".join(f"{key} {value}" for key, value in said.items() if key != "train"))
-    final = [cell for cell in chosen if cell.key not in found]  # looking at the sweep alone, they are the same
-    return Outcome(final + sweep, [*run(final), *found.values()], remarks)
+    final = [cell for cell in chosen if cell.key not in swept]  # looking at the sweep alone, they are the same
+    return Outcome(final + sweep, [*run(final), *swept.values()], remarks)
 
 
 def planned(grid: Grid, contenders: list[Contender]) -> tuple[list[Cell], list[Cell]]:
-    """The sweep's cells, and the ones after it, as if the first of each group were chosen.
+    """The sweep's cells, and the ones after it, as if the first candidate of each sweep were chosen.
 
     Raises:
-        ValueError: If two methods define the same cell.
+        UsageError: If two methods define the same cell.
     """
-    groups = list(grid.groups(contenders))
+    options = list(grid.options(contenders))
     names: dict[str, str] = {}
-    for cell in (cell for group in groups for cell in group):
+    for cell in (cell for cells in options for cell in cells):
         if cell.key in names:
-            raise ValueError(f"methods {names[cell.key]!r} and {cell.name!r} define the same run; remove one")
+            raise UsageError(f"methods {names[cell.key]!r} and {cell.name!r} define the same run; remove one")
         names[cell.key] = cell.name
-    sweep = [cell for group in groups if _is_sweep(group) for cell in group]
+    sweep = [cell for cells in options if _is_sweep(cells) for cell in cells]
     keys = {cell.key for cell in sweep}
-    return sweep, [cell for group in groups for cell in grid.repeated(group[0]) if cell.key not in keys]
+    return sweep, [cell for cells in options for cell in grid.repeated(cells[0]) if cell.key not in keys]
 
 
-def _is_sweep(group: list[Cell]) -> bool:
-    return len(group) > 1
+def _is_sweep(cells: list[Cell]) -> bool:
+    return len(cells) > 1
 
 
-def _choose(group: list[Cell], results: Results) -> tuple[Cell | None, str | None]:
+def _choose(cells: list[Cell], results: Results) -> tuple[Cell | None, str | None]:
     """The cell with the best validation score; of equal ones the one with the smallest rate."""
-    done = [(cell, r["score"]) for cell, r in zip(group, results, strict=True) if r["status"] == "done"]
-    where = f"{group[0].model}, {group[0].task}, {group[0].name}"
+    done = [(cell, r["score"]) for cell, r in zip(cells, results, strict=True) if r["status"] == "done"]
+    where = f"{cells[0].model}, {cells[0].task}, {cells[0].name}"
     if not done:
-        return None, f"{where}: all {len(group)} runs of its sweep failed, so nothing was chosen and nothing tested"
+        return None, f"{where}: all {len(cells)} runs of its sweep failed, so nothing was chosen and nothing tested"
     best, _ = min(done, key=lambda pair: (-pair[1], pair[0].learning_rate))
     remarks = []
-    if len(done) < len(group):
-        remarks.append(f"{len(group) - len(done)} of the {len(group)} runs of its sweep failed")
-    rates = sorted({cell.learning_rate for cell in group})
+    if len(done) < len(cells):
+        remarks.append(f"{len(cells) - len(done)} of the {len(cells)} runs of its sweep failed")
+    rates = sorted({cell.learning_rate for cell in cells})
     if len(rates) > 1 and best.learning_rate in (rates[0], rates[-1]):
         end = "largest" if best.learning_rate == rates[-1] else "smallest"
         remarks.append(f"the chosen learning rate {best.learning_rate:g} is the {end} tried: widen the sweep")

@@ -4,6 +4,7 @@ from typing import Any
 
 from peft_steer.evaluation.datasets import dpo_dataset
 from peft_steer.evaluation.tasks import docs_of, load_tasks
+from peft_steer.utils.errors import UsageError
 
 from .plan import Grid, Task
 
@@ -19,21 +20,21 @@ def check_tasks(grid: Grid, loaded: dict[str, Any]) -> None:
         try:
             _check(task, loaded[task.name], trainers, grid.kl_prompts)
         except ValueError as error:
-            raise ValueError(f"task {task.name!r}: {error}") from error
+            raise UsageError(f"task {task.name!r}: {error}") from error
     for entry in grid.retention:
         try:
             load_tasks(entry["name"], entry["metadata"])
         except ValueError as error:
-            raise ValueError(f"retention: {error}") from error
+            raise UsageError(f"retention: {error}") from error
 
 
 def _check(task: Task, loaded: Any, trainers: set[str], kl_prompts: int) -> None:
     if "grpo" in trainers:
-        from ..run.grpo import rewards  # slow imports
+        from ..run.trainers.grpo import rewards  # slow imports
 
         docs_of(loaded, "train", ("generate_until",))
         rewards(list(task.rewards), loaded, bool(task.prompt.get("apply_chat_template")))
     if "dpo" in trainers:
         dpo_dataset(loaded)
     if kl_prompts and loaded.config.output_type != "generate_until":
-        raise ValueError("kl_prompts: the task generates nothing; remove it")
+        raise UsageError("kl_prompts: the task generates nothing; remove it")

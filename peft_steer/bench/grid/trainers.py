@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from peft_steer.utils.devices import has_accelerator
 from peft_steer.utils.errors import suggest
 
 
@@ -29,7 +30,7 @@ def used_trainers(raw: dict[str, Any]) -> list[str]:
     named |= {f"method {m.get('name')!r}: trainer": m["trainer"] for m in methods if "trainer" in m}
     for where, name in named.items():
         if name not in TRAINERS:
-            raise ValueError(f"{where}: {name!r} is none of {TRAINERS}")
+            raise ValueError(f"{where}: {name!r} is not one of {TRAINERS}")
     used = {m.get("trainer", named["trainer"]) for m in methods if m.get("peft_type") != "base"}
     return sorted(used, key=TRAINERS.index) or ["sft"]
 
@@ -38,7 +39,7 @@ def check_layer(where: str, raw: Any, used: Iterable[str]) -> dict[str, Any]:
     """One `train` of a grid, its keys checked: each is a field of every trainer that the grid uses, or in a block.
 
     Raises:
-        ValueError: If it is no mapping, or a key is unknown, or set by the bench.
+        ValueError: If it is not a mapping, or a key is unknown, or set by the bench.
     """
     raw = _mapping(where, raw)
     used = list(dict.fromkeys(used))
@@ -70,7 +71,6 @@ def merge(trainer: str, *layers: dict[str, Any]) -> dict[str, Any]:
 
 def check_fields(where: str, trainer: str, fields: dict[str, Any]) -> None:
     """Raises a `ValueError` if TRL's config of `trainer` refuses the values."""
-    import torch
 
     try:
         with warnings.catch_warnings():
@@ -78,7 +78,7 @@ def check_fields(where: str, trainer: str, fields: dict[str, Any]) -> None:
             config_class(trainer)(
                 output_dir="unused",
                 report_to="none",
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=not has_accelerator(),
                 **{"bf16": False, **fields},
             )
     except (ValueError, TypeError) as error:

@@ -10,6 +10,7 @@ from ..grid.plan import Cell, Grid
 from .frame import cell_frame, groups
 from .html import page
 from .markdown import markdown
+from .over_steps import pictures
 from .picture import picture
 
 
@@ -35,12 +36,14 @@ def write_report(
     pairs = [
         {"model": group.model, "precision": group.precision, "task": group.task, "split": group.split, **line}
         for group in compared
-        for line in (vars(pair) | {"tie": pair.tie} for pair in group.comparisons)
+        for line in (vars(pair) | {"tie": pair.tie, "detectable": pair.detectable} for pair in group.comparisons)
     ]
     if pairs:
         pd.DataFrame(pairs).to_csv(directory / "comparisons.csv", index=False)
-    text = markdown(compared, frame, list(remarks))
+    text = markdown(compared, frame, list(remarks), grid.reference)
     (directory / "table.md").write_text(text, encoding="utf-8")
     picture(compared).savefig(directory / "figure.png", dpi=150)
+    for name, figure in pictures(compared).items():
+        figure.savefig(directory / f"{name}.png", dpi=150)
     (directory / "report.html").write_text(page(grid, compared, frame, list(remarks)), encoding="utf-8")
     return text

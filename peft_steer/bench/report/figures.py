@@ -7,6 +7,8 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 
 from .frame import Group, Row
+from .over_steps import CURVES, mean_curve
+from .retention import Point, frontier
 
 
 _COSTS = {
@@ -36,6 +38,11 @@ def figures(group: Group) -> dict[str, go.Figure]:
         made["Learning rates, on the validation split"] = _rates(group)
     if any(row.losses for row in group.done):
         made["Training loss"] = _losses(group)
+    for name, title in CURVES.items():
+        if any(name in row.curves for row in group.done):
+            made[title] = _curve(group, name)
+    if points := frontier(group):
+        made["Gain against loss"] = _frontier(group, points)
     return made
 
 
@@ -67,6 +74,7 @@ def _points(group: Group, rows: list[Row], x: list[float], name: str) -> list[go
     traces = []
     for row, value in zip(rows, x, strict=True):
         summary, (colour, symbol) = row.summary, _style(group, row.method)
+        assert summary is not None  # of `done`
         traces.append(
             go.Scatter(
                 x=[value],
@@ -76,7 +84,7 @@ def _points(group: Group, rows: list[Row], x: list[float], name: str) -> list[go
                 marker={"color": colour, "symbol": symbol, "size": 11},
                 name=_name(row.label),
                 hovertemplate=f"{name} %{{x}}<br>{group.metric} {summary.mean:.3f}, 95 % CI {summary.low:.3f} to "
-                f"{summary.high:.3f}, {len(row.scores.values)} seeds",
+                f"{summary.high:.3f}, {row.n_seeds} seeds",
             )
         )
     return traces
@@ -86,7 +94,9 @@ def _parameters(group: Group) -> go.Figure:
     trained = [row for row in group.done if row.costs["trainable"] > 0]
     figure = _figure("trainable parameters", f"{group.metric}, 95 % interval", len(group.done), log_x=bool(trained))
     for row in group.done:
-        if row.costs["trainable"] == 0:  # the untrained base, which a logarithmic axis has no place for
+        if (
+            row.costs["trainable"] == 0 and row.summary is not None
+        ):  # the untrained base, which a logarithmic axis has no place for
             figure.add_hrect(y0=row.summary.low, y1=row.summary.high, fillcolor="#777", opacity=0.15, line_width=0)
             figure.add_hline(y=row.summary.mean, line_dash="dash", line_color="#555", annotation_text=_name(row.label))
     figure.add_traces(_points(group, trained, [row.costs["trainable"] for row in trained], "parameters"))
@@ -121,7 +131,7 @@ def _cost(group: Group) -> go.Figure:
 def _pairs(group: Group) -> go.Figure:
     labels = [row.label for row in group.done]
     short = [_name(label if len(label) <= 28 else label[:27] + "…") for label in labels]
-    gap = [[None] * len(labels) for _ in labels]
+    gap: list[list[float | None]] = [[None] * len(labels) for _ in labels]
     text = [[""] * len(labels) for _ in labels]
     hover = [[""] * len(labels) for _ in labels]
     for pair in group.comparisons:
@@ -199,4 +209,57 @@ def _losses(group: Group) -> go.Figure:
                     hovertemplate=f"seed {seed}, step %{{x}}: %{{y:.4f}}",
                 )
             )
+    return figure
+
+
+def _curve(group: Group, name: str) -> go.Figure:
+    rows = [row for row in group.done if name in row.curves]
+    figure = _figure("step", CURVES[name], len(rows))
+    for row in rows:
+        colour, _ = _style(group, row.method)
+        lines = [(f"seed {seed}", points, 0.8, 0.35) for seed, points in row.curves[name].items()]
+        lines.append(("mean", mean_curve(row.curves[name]), 2.5, 1.0))
+        for label, points, width, opacity in lines if len(lines) > 2 else lines[-1:]:
+            figure.add_trace(
+                go.Scatter(
+                    x=[step for step, _ in points],
+                    y=[value for _, value in points],
+                    mode="lines",
+                    line={"color": colour, "width": width},
+                    opacity=opacity,
+                    name=_name(row.label),
+                    legendgroup=_name(row.label),
+                    showlegend=label == "mean",
+                    hovertemplate=f"{label}, step %{{x}}: %{{y:.3f}}",
+                )
+            )
+    return figure
+
+
+def _frontier(group: Group, points: list[Point]) -> go.Figure:
+    figure = _figure(points[0].axis, f"gain in {group.metric}", len(points))
+    best = sorted((point for point in points if point.best), key=lambda point: point.loss)
+    figure.add_trace(
+        go.Scatter(
+            x=[point.loss for point in best],
+            y=[point.gain for point in best],
+            mode="lines",
+            line={"color": "#777", "dash": "dot", "shape": "hv"},
+            name="no other row gains more and loses less",
+            hoverinfo="skip",
+        )
+    )
+    for point in points:
+        colour, symbol = _style(group, point.method)
+        figure.add_trace(
+            go.Scatter(
+                x=[point.loss],
+                y=[point.gain],
+                error_x={"array": [None if math.isnan(point.loss_error) else point.loss_error]},
+                error_y={"array": [point.gain_error]},
+                mode="markers",
+                marker={"color": colour, "symbol": symbol, "size": 11},
+                name=_name(point.label),
+            )
+        )
     return figure

@@ -25,6 +25,11 @@ COSTS = (
     "adapter_bytes",
     "decode_ratio",
     "forgetting",
+    "kl",
+    "length",
+    "rollout_tokens_per_second",
+    "optimizer_bytes",
+    "optimizer_share",
 )
 
 
@@ -40,6 +45,10 @@ class Row:
         costs: Means over seeds; NaN for what does not exist.
         against_best: The comparison with the group's best row; None for the best itself and for failed rows.
         letters: Rows that share one are a tie.
+        trainer: What trained it; "" for the base.
+        curves: What the trainer recorded over its steps, such as the reward: by name and seed.
+        retention: The scores of the retained tasks, by name.
+        forgetting_error: Standard error of the mean forgetting over seeds; NaN with one.
     """
 
     method: str
@@ -52,6 +61,20 @@ class Row:
     costs: dict[str, float]
     against_best: Comparison | None = None
     letters: str = ""
+    trainer: str = ""
+    curves: dict[str, dict[int, list[tuple[int, float]]]] = field(default_factory=dict)
+    retention: dict[str, Scores] = field(default_factory=dict)
+    forgetting_error: float = math.nan
+
+    @property
+    def mean(self) -> float:
+        """The mean score; NaN if all trainings failed."""
+        return math.nan if self.summary is None else self.summary.mean
+
+    @property
+    def n_seeds(self) -> int:
+        """Trainings that have a score."""
+        return 0 if self.scores is None else len(self.scores.values)
 
 
 @dataclass(frozen=True)
@@ -93,7 +116,7 @@ def groups(cells: Sequence[Cell], results: Sequence[Result]) -> list[Group]:
 
     The best row is that with the highest score. All pairs of a group are one family for the correction of p values.
     """
-    members: dict[tuple[str, ...], list[tuple[Cell, Result]]] = {}
+    members: dict[tuple[str, str, str], list[tuple[Cell, Result]]] = {}
     for cell, result in zip(cells, results, strict=True):
         members.setdefault((cell.model, _precision(cell), cell.task), []).append((cell, result))
     return [_group(*key, pairs) for key, pairs in members.items()]
@@ -119,6 +142,7 @@ def _cell_row(cell: Cell, result: Result) -> dict[str, Any]:
         "task": cell.task,
         "split": cell.split,
         "method": cell.name,
+        "trainer": cell.trainer if cell.config else "",
         "learning_rate": cell.learning_rate or math.nan,
         "seed": cell.seed,
         "status": result["status"],
@@ -166,8 +190,8 @@ def _group(model: str, precision: str, task: str, pairs: list[tuple[Cell, Result
         for (name, choice), trainings in entries.items()
     ]
     done = [row for row in rows if row.scores is not None]
-    comparisons = compare_all([row.scores for row in done])
-    ranked = sorted(done, key=lambda row: -row.summary.mean)
+    comparisons = compare_all([row.scores for row in done if row.scores is not None])
+    ranked = sorted(done, key=lambda row: -row.mean)
     letters = tie_letters([row.label for row in ranked], comparisons)
     best = ranked[0].label if ranked else None
     against = {c.second if c.first == best else c.first: c for c in comparisons if best in (c.first, c.second)}
@@ -182,7 +206,7 @@ def _group(model: str, precision: str, task: str, pairs: list[tuple[Cell, Result
 def _row(method: str, choice: str, label: str, trainings: list[tuple[Cell, Result]]) -> Row:
     done = [(cell, result) for cell, result in trainings if result["status"] == "done"]
     scores = Scores.gather(label, [result["items"] for _, result in done]) if done else None
-    costs = pd.DataFrame([_costs(result) for _, result in done], columns=list(COSTS)).mean()
+    costs = pd.DataFrame([_costs(result) for _, result in done], columns=list(COSTS))
     return Row(
         method=method,
         label=label,
@@ -191,8 +215,26 @@ def _row(method: str, choice: str, label: str, trainings: list[tuple[Cell, Resul
         losses={cell.seed: result["loss"] for cell, result in done if result["loss"]},
         scores=scores,
         summary=summarize(scores) if scores else None,
-        costs=costs.to_dict(),
+        costs=costs.mean().to_dict(),
+        forgetting_error=float(costs["forgetting"].sem()),
+        trainer=next((cell.trainer for cell, _ in trainings if cell.config), ""),
+        curves=_curves(done),
+        retention=_retention(label, done),
     )
+
+
+def _curves(done: list[tuple[Cell, Result]]) -> dict[str, dict[int, list[tuple[int, float]]]]:
+    curves: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    for cell, result in done:
+        for name, points in (result.get("curves") or {}).items():
+            if points:
+                curves.setdefault(name, {})[cell.seed] = points
+    return curves
+
+
+def _retention(label: str, done: list[tuple[Cell, Result]]) -> dict[str, Scores]:
+    names = dict.fromkeys(name for _, result in done for name in (result.get("retention") or {}))
+    return {name: Scores.gather(label, [result["retention"][name]["items"] for _, result in done]) for name in names}
 
 
 def _varied_fields(cells: list[Cell]) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from ..grid.plan import Grid
 from .figures import figures
 from .frame import Group
-from .markdown import TEXT_COLUMNS, environments, failures, notes
+from .markdown import TEXT_COLUMNS, beside, environments, failures, notes
 from .table import main_table, sweep_table
 
 
@@ -27,6 +27,7 @@ def page(grid: Grid, groups: list[Group], frame: pd.DataFrame, remarks: list[str
             "notes": notes(group),
             "table": main_table(group),
             "sweep": _plain(sweep_table(group)) if group.split == "test" and len(group.sweep) else None,
+            "beside": list(beside(group, grid.reference)),
             "figures": {title: _html(figure) for title, figure in figures(group).items()},
         }
         for group in groups

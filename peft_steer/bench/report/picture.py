@@ -24,8 +24,9 @@ def picture(groups: list[Group]) -> Figure:
 
 
 def _panel(axes: Axes, group: Group) -> None:
-    ranked = sorted(group.done, key=lambda row: -row.summary.mean)
+    ranked = sorted(group.done, key=lambda row: -row.mean)
     for row, marker in zip(ranked, cycle("osD^vPX<>*hpd")):
+        assert row.summary is not None  # of `done`
         mean, stderr, trainable = row.summary.mean, row.summary.stderr, row.costs["trainable"]
         label = f"{textwrap.shorten(row.label, 40)} ({mean:.3f})".replace("$", r"\$")
         if trainable == 0:

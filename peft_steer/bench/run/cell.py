@@ -29,6 +29,7 @@ from peft_steer.cost.methods import share
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
 from peft_steer.utils.bitsandbytes import keep_unpacked
+from peft_steer.utils.devices import default_device, device_name
 
 from ..grid.plan import FULL, Cell
 from ..store import read_training
@@ -74,7 +75,8 @@ class Runner:
         costs |= {"trainable": 0, "parameters": base.num_parameters()}
         before = text_loss(base, tokenizer, cell.forgetting) if cell.forgetting and cell.config else None
         transformers.set_seed(cell.seed)
-        model = base.requires_grad_(True) if full else share(base)  # adapters on the same weights froze them
+        # Adapters on the same weights froze them.
+        model: Any = base.requires_grad_(True) if full else share(base)
         if cell.config:
             trained = read_training(adapter_dir)
             if trained is None:
@@ -83,9 +85,9 @@ class Runner:
                 model = PeftModel.from_pretrained(model, adapter_dir)
                 start -= trained["train_seconds"]  # it took that time too, in another cell
             costs |= trained
-        if before is not None:
+        if before is not None and cell.forgetting is not None:
             costs["forgetting"] = {"before": before, "after": text_loss(model, tokenizer, cell.forgetting)}
-        if cell.config and not full:
+        if isinstance(model, PeftModel):
             costs["decode_ratio"] = _decode_ratio(base, model, tokenizer)
         harness = PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size)
         scores = _of_items(score(harness, task, cell.limit, **chat_of(cell)), cell.task)
@@ -122,7 +124,7 @@ def _of_items(scores: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def _load(cell: Cell) -> PreTrainedModel:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     arguments: dict[str, Any] = {"dtype": getattr(torch, cell.dtype)}
     if cell.quantization:
         arguments["quantization_config"] = BitsAndBytesConfig(**cell.quantization)
@@ -130,7 +132,8 @@ def _load(cell: Cell) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(cell.source, **arguments)
         keep_unpacked(model)
         return model
-    return AutoModelForCausalLM.from_pretrained(cell.source, **arguments).to(device)
+    model = AutoModelForCausalLM.from_pretrained(cell.source, **arguments)
+    return model.to(device)  # type: ignore[arg-type]  # as transformers wraps it
 
 
 def _sums(model: torch.nn.Module) -> list[float]:
@@ -150,6 +153,4 @@ def _decode_ratio(base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrain
 def _environment(device: torch.device) -> dict[str, str]:
     libraries = (torch, transformers, datasets, peft, trl, lm_eval)
     versions = {library.__name__: library.__version__ for library in libraries}
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    return {"device": name, "python": platform.python_version(), **versions}
+    return {"device": device_name(device), "python": platform.python_version(), **versions}

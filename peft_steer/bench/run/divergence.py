@@ -82,4 +82,4 @@ def _of_batch(
 def _text(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(prompt, str):
         return prompt.rstrip()  # as the harness: the space is the answer's
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))

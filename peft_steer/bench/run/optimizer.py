@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from peft_steer.utils.devices import has_accelerator
+
 
 class OptimizerCost(TrainerCallback):
     """Measures the optimizer of a training, by the hooks that torch has before and after its step."""
@@ -50,6 +52,6 @@ class OptimizerCost(TrainerCallback):
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if has_accelerator():
+        torch.accelerator.synchronize()
     return time.perf_counter()

@@ -5,17 +5,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_config
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_steer import joint_optimizer_cls_and_kwargs
+from peft_steer.utils.devices import has_accelerator
 
 from ..grid.plan import FULL, STEER_RATE, Cell, peft_fields
 from ..store import save_training
-from . import dpo, grpo, sft
 from .memory import ReservedMemory, peak_bytes, reset_peak
 from .optimizer import OptimizerCost
+from .trainers import dpo, grpo, sft
 
 
 _TRAINERS = {"sft": sft, "grpo": grpo, "dpo": dpo}
@@ -41,7 +41,7 @@ def train(
             "seed": cell.seed,
             "save_strategy": "no",
             "report_to": "none",
-            "use_cpu": not torch.cuda.is_available(),
+            "use_cpu": not has_accelerator(),
         }
         peft_config = None if full else get_peft_config(peft_fields(cell.config))
         trainer = module.make(cell, model, tokenizer, task, arguments, peft_config)

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from joint_models import MODES, TOLERANCE, joint, train, worst
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from tiny import adapter_state, joint_config, logits, make, randomize, steer_layers
+from tiny import adapter_state, assert_equal_but_for_rounding, joint_config, logits, make, randomize, steer_layers
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from peft_steer import JointSteerLoraConfig, SteerConfig, project_
@@ -25,13 +25,16 @@ def test_file(tmp_path):
         loaded = PeftModel.from_pretrained(make(), tmp_path / mode)
         assert adapter_state(loaded).keys() == saved.keys()
         assert all(torch.equal(x, saved[n]) for n, x in adapter_state(loaded).items())
-        assert torch.equal(logits(loaded), expected)
+        assert_equal_but_for_rounding(logits(loaded), expected)
         W = steer_layers(loaded.get_base_model())["model.layers.0"].steer_edit["default"].W_down
         assert torch.equal(W, raw) == (mode == "none")
         assert (worst(loaded) < TOLERANCE) == (mode != "none")
         project_(loaded)
         assert worst(loaded) < TOLERANCE
-        assert torch.equal(logits(loaded), expected) == (mode != "none")
+        if mode == "none":
+            assert not torch.allclose(logits(loaded), expected, atol=1e-3)
+        else:
+            assert_equal_but_for_rounding(logits(loaded), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -124,6 +124,8 @@ def trained_by_two(tmp_path_factory):
     return two_processes.run(models, tmp_path_factory.mktemp("distributed") / "out.pt")
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("mode", MODES)
 def test_several_processes(trained_by_two, mode, kind):

@@ -19,7 +19,7 @@ from tiny import (
     make,
     randomize,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 from trl import DPOConfig, DPOTrainer
 
 from peft_steer import SteerConfig
@@ -127,6 +127,7 @@ def test_device_map_at_loading(method, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(loaded, tmp_path / "adapter")), logits(expected))
 
 
+@pytest.mark.slow
 @methods
 def test_continuous_batching(method):
     """Rows of different lengths in one flattened batch over a paged cache generate what each generates alone."""
@@ -134,7 +135,11 @@ def test_continuous_batching(method):
     prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0}
     together = model.get_base_model().generate_batch(
-        inputs=prompts, generation_config=GenerationConfig(**options, num_blocks=16, max_batch_tokens=64), warmup=False
+        inputs=prompts,
+        generation_config=GenerationConfig(**options),
+        # By default the cache takes 90 % of the machine's free memory.
+        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=64),
+        warmup=False,
     )
     found = sorted(together.values(), key=lambda x: prompts.index(list(x.prompt_ids)))
     for prompt, output in zip(prompts, found, strict=True):

@@ -9,6 +9,7 @@ from tiny import (
     METHODS,
     METHODS_AT_SITES,
     adapted,
+    assert_equal_but_for_rounding,
     inputs,
     logits,
     make,
@@ -41,7 +42,7 @@ def test_several_adapters(method):
     model.delete_adapter("late")
     assert not any(".late." in name for name, _ in model.named_parameters())
     model.set_adapter("default")
-    assert torch.equal(logits(model), alone["default"])
+    assert_equal_but_for_rounding(logits(model), alone["default"])
 
 
 def test_active_adapters_read_the_same_hidden_state():
@@ -85,7 +86,7 @@ def test_rows_with_different_adapters(method, architecture, site):
             # LoRA takes a part of the rows at a time: float32 rounding, up to 5e-5 in T5 (in float64 none)
             torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4 if method == "joint" else 1e-5)
     model.set_adapter("default")
-    assert torch.equal(model(**x).logits, model(**x, adapter_names=["default"] * 4).logits)
+    assert_equal_but_for_rounding(model(**x, adapter_names=["default"] * 4).logits, model(**x).logits)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,9 +9,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from peft_steer.evaluation.datasets import grpo_dataset
 from peft_steer.train.grpo import check_rollouts, reward
+from peft_steer.utils.devices import has_accelerator
 
-from ..grid.plan import Cell
-from .prompts import chat_of
+from ...grid.plan import Cell
+from ..prompts import chat_of
 
 
 CURVES = {
@@ -33,8 +34,8 @@ class _Timed(GRPOTrainer):
     def _generate(self, prompts: list) -> Any:
         start = time.perf_counter()
         generated = super()._generate(prompts)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if has_accelerator():
+            torch.accelerator.synchronize()
         self.rollout_seconds += time.perf_counter() - start
         self.rollout_tokens += sum(len(ids) for ids in generated[1])
         return generated

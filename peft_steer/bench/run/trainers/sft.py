@@ -9,8 +9,8 @@ from trl import SFTConfig, SFTTrainer
 from peft_steer.cost import saved_bytes
 from peft_steer.evaluation.datasets import sft_dataset, tokenize
 
-from ..grid.plan import Cell
-from .prompts import chat_of
+from ...grid.plan import Cell
+from ..prompts import chat_of
 
 
 CURVES: dict[str, str] = {}
@@ -37,7 +37,7 @@ def make(
     )
 
 
-def figures(trainer: SFTTrainer) -> dict[str, Any]:
+def figures(trainer: Any) -> dict[str, Any]:
     """What only this trainer can tell after training."""
     n_rows = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
     rows = [trainer.train_dataset[i] for i in range(n_rows)]

@@ -7,8 +7,8 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_steer.evaluation.datasets import dpo_dataset
 
-from ..grid.plan import Cell
-from .prompts import chat_of
+from ...grid.plan import Cell
+from ..prompts import chat_of
 from .sft import seen_rows
 
 

@@ -1,0 +1,92 @@
+"""Figures for a README that are not of every comparison: the reward over the steps, and gain against loss."""
+
+import math
+import textwrap
+from collections.abc import Callable
+from itertools import cycle
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .frame import Group
+from .retention import frontier
+
+
+# What a trainer recorded, and its axis.
+CURVES = {
+    "reward": "reward",
+    "kl": "KL to the reference, estimated on the rollouts",
+    "length": "tokens of an answer",
+    "entropy": "entropy, nats per token",
+    "margin": "margin of the preferred answer",
+}
+
+
+def mean_curve(curves: dict[int, list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean over seeds at the steps that all of them have."""
+    by_seed = [dict(points) for points in curves.values()]
+    steps = sorted(set.intersection(*(set(points) for points in by_seed)))
+    return [(step, sum(points[step] for points in by_seed) / len(by_seed)) for step in steps]
+
+
+def pictures(groups: list[Group]) -> dict[str, Figure]:
+    """The figures that the groups have data for, by the name of their file."""
+    made = {}
+    rewarded = [group for group in groups if any("reward" in row.curves for row in group.done)]
+    kept = [group for group in groups if len(frontier(group)) > 1]
+    if rewarded:
+        made["reward"] = _panels(rewarded, _reward)
+    if kept:
+        made["frontier"] = _panels(kept, _frontier)
+    return made
+
+
+def _panels(groups: list[Group], draw: Callable[[Axes, Group], None]) -> Figure:
+    n_columns = min(2, len(groups))
+    n_rows = math.ceil(len(groups) / n_columns)
+    figure = Figure(figsize=(9 * n_columns, 4.5 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axes, group in zip(panels, groups, strict=False):
+        draw(axes, group)
+        axes.set_title(textwrap.fill(group.title, 90), fontsize="small")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _reward(axes: Axes, group: Group) -> None:
+    """A thin line for every seed and a thick one for their mean."""
+    for number, row in enumerate(row for row in group.done if "reward" in row.curves):
+        colour, curves = f"C{number % 10}", row.curves["reward"]
+        for points in curves.values() if len(curves) > 1 else ():
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.35)
+        mean = mean_curve(curves)
+        style = "-" if number < 10 else "--"
+        axes.plot(*zip(*mean, strict=True), color=colour, linestyle=style, linewidth=2, label=_short(row.label))
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("reward")
+
+
+def _frontier(axes: Axes, group: Group) -> None:
+    points = frontier(group)
+    best = sorted((point for point in points if point.best), key=lambda point: point.loss)
+    axes.step([p.loss for p in best], [p.gain for p in best], where="post", color="0.5", linestyle=":")
+    for point, marker in zip(points, cycle("osD^vPX<>*hpd")):
+        axes.errorbar(
+            point.loss,
+            point.gain,
+            xerr=None if math.isnan(point.loss_error) else point.loss_error,
+            yerr=point.gain_error,
+            fmt=marker,
+            markersize=8,
+            capsize=3,
+            label=_short(point.label),
+        )
+    axes.set_xlabel(points[0].axis)
+    axes.set_ylabel(f"gain in {group.metric} over the base, 95 % intervals")
+
+
+def _short(label: str) -> str:
+    return textwrap.shorten(label, 40).replace("$", r"\$")
