@@ -1,7 +1,6 @@
 """Checks an accelerator in one go, without a connection, and prints one table to paste.
 
     make gpu-check                            # or: python recipes/gpu_check.py
-    python recipes/gpu_check.py --only cost
     python recipes/gpu_check.py --shape tiny  # seconds, on any machine
 
 Random weights in the shape of Llama-3.2-1B on an accelerator, a small shape on a CPU. It exits with 1 if a check
@@ -31,11 +30,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_steer import PostBlockSteerConfig
-from peft_steer.analysis.distill.command import main as distill
 from peft_steer.cost import measure, saved_bytes
 from peft_steer.cost.methods import FLOOR, PRESETS, adapt, share
 from peft_steer.utils.bitsandbytes import keep_unpacked
 from peft_steer.utils.devices import default_device, device_name, visibility_variable, visible_accelerators
+from peft_steer_cli import main as peft_steer
 
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -177,7 +176,8 @@ def distilling(folder: Path, tiny: bool) -> Iterator[Row]:
         lines = [f"{a}+{b}=,is {a + b}\n" for a in range(12) for b in range(12)]
         texts.write_text("prompt,completion\n" + "".join(lines))
         words = ["--base", str(folder), "--tuned", f"{output}/tuned", "--dataset", str(texts), "--dtype", "bfloat16"]
-        distill([*words, "--num_texts", "100", "--train-steps", "2", "--output", f"{output}/distilled"])
+        words += ["--num_texts", "100", "--train-steps", "2", "--output", f"{output}/distilled"]
+        assert peft_steer(["distill", *words]) == 0
         result = json.loads((Path(output) / "distilled/distill.json").read_text())["models"]
     kl = {name: result[name]["kl"] for name in ("base", "distilled")}
     yield Row("distil, KL to the tuned model", f"{kl['distilled']:.2e}", f"< the base's {kl['base']:.2e}",

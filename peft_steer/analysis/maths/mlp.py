@@ -130,7 +130,8 @@ def _merged(layer: BaseTunerLayer) -> nn.Module:
                 "changes no weight; train it without lora_bias to compare it"
             )
         if layer.lora_bias[name]:
-            base.bias += layer.lora_B[name].bias.detach().double() * layer.scaling[name]
+            lora_bias: Any = layer.lora_B[name].bias
+            base.bias += lora_bias.detach().double() * layer.scaling[name]
     return base
 
 
