@@ -86,7 +86,7 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
     linear = module.get_submodule(inner)
     _check_plain(linear, refuse)
     kind = (site, block.stack, type(block.module), type(module))  # blocks of one kind behave alike
-    if kind not in tried and not _arrives_unchanged(model, linear, model.get_submodule(site_name)):
+    if kind not in tried and not arrives_unchanged(model, linear, model.get_submodule(site_name)):
         refuse(f"what {name!r} returns is normalized, scaled or otherwise changed before the place of the edit")
     tried.add(kind)
     return linear
@@ -99,8 +99,8 @@ def _check_plain(linear: nn.Module, refuse: Callable[[str], None]) -> None:
 
 
 @torch.no_grad()
-def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) -> bool:
-    """Whether something added to `linear`'s output appears in `steered`'s output as it is: tried, on the model's
+def arrives_unchanged(model: nn.Module, source: nn.Module, steered: nn.Module) -> bool:
+    """Whether something added to `source`'s output appears in `steered`'s output as it is: tried, on the model's
     dummy input, since no attribute tells a block that normalizes after the sum (BERT, BART) from one that does not."""
     if not hasattr(model, "dummy_inputs"):
         raise ValueError(
@@ -113,20 +113,18 @@ def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) 
         return output if added is None else output + added
 
     def record(module, args, output):
-        outputs.append((output[0] if isinstance(output, tuple) else output).double())
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     modes = {module: module.training for module in model.modules()}
     layers = [m for m in modes if isinstance(m, SteerLayer) and not m.disable_adapters]
-    handles = [linear.register_forward_hook(add), steered.register_forward_hook(record)]
+    handles = [source.register_forward_hook(add), steered.register_forward_hook(record)]
     try:
         model.eval()
         for layer in layers:
             layer._disable_adapters = True
-        dummy = {name: x.to(linear.weight.device) for name, x in model.dummy_inputs.items()}
+        dummy = {name: x.to(next(source.parameters()).device) for name, x in model.dummy_inputs.items()}
         model(**dummy)
-        added = outputs[0].std().to(linear.weight.dtype) * torch.linspace(-1, 1, outputs[0].shape[-1]).to(
-            linear.weight
-        )
+        added = outputs[0].std() * torch.linspace(-1, 1, outputs[0].shape[-1]).to(outputs[0])
         model(**dummy)
     finally:
         for handle in handles:
@@ -135,8 +133,8 @@ def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) 
             layer._disable_adapters = False
         for module, mode in modes.items():
             module.training = mode
-    moved = outputs[1] - outputs[0]
-    tolerance = 1e-3 if linear.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    moved = outputs[1].double() - outputs[0].double()
+    tolerance = 1e-3 if outputs[0].dtype in (torch.float32, torch.float64) else 5e-2
     return bool((moved - added).norm() < tolerance * moved.norm())
 
 

@@ -1,0 +1,1 @@
+"""Adapters in other engines: exports to their formats, and imports from other tools' files."""
