@@ -20,6 +20,7 @@ COMMANDS = {
         "turn a fine-tuned model or an adapter into a steering adapter",
     ),
     "tasks": ("peft_steer.commands.tasks", "list the tasks that ship, with splits and licences, or show one"),
+    "export": ("peft_steer.commands.export", "write an adapter for llama.cpp, as LoRA, or as a whole model"),
     "lm-eval": ("peft_steer.commands.lm_eval", "lm-evaluation-harness, knowing our adapters and tasks"),
 }
 _USAGE = "usage: peft-steer COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())

@@ -60,8 +60,8 @@ def steer_config(model: PeftModel, adapter_name: str = "default") -> SteerConfig
     if not isinstance(config, SteerConfig):
         raise ValueError(
             f"adapter {adapter_name!r} is of type {config.peft_type.value}, and only steering adapters (STEER) can be "
-            "exported. An ordinary LoRA adapter needs no export. The LoRA half of a joint adapter and its steering act "
-            "together, so no single file of another engine has both; vLLM with peft-steer's plugin serves it."
+            "exported. An ordinary LoRA adapter needs no export; a joint adapter is LoRA and steering together, for "
+            "which no other engine has a file. vLLM with peft-steer's plugin serves it."
         )
     if config.positions != "all":
         raise ValueError(

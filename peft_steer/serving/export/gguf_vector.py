@@ -5,7 +5,6 @@ has no place for block 0, and a file with a tensor that it does not expect is no
 log and serves the base. So what is written here is read back.
 """
 
-import logging
 from pathlib import Path
 
 import gguf
@@ -17,8 +16,6 @@ from peft_steer.tuners.steer.merging import arrives_unchanged
 
 from .edits import check_on_cpu_or_gpu, edits_of, steer_config
 
-
-logger = logging.getLogger(__name__)
 
 KIND = "controlvector"
 # transformers' `model_type`: llama.cpp's name, of those whose graph adds control vectors.
@@ -167,7 +164,7 @@ def _architecture(model: PeftModel) -> str:
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"whether llama.cpp steers the architecture {model_type!r} is not known here; known are "
-            f"{', '.join(ARCHITECTURES)}. (It does not steer BERT's family, PLaMo 2 and draft models.) If the graph of "
-            "its model in llama.cpp calls build_cvec, give its name there with --architecture."
+            f"{', '.join(ARCHITECTURES)}. (It does not steer BERT's family, PLaMo 2 and draft models.) If its graph in "
+            "llama.cpp calls build_cvec, give its name there with --architecture."
         )
     return ARCHITECTURES[model_type]

@@ -9,7 +9,6 @@ Both are LoRA with `lora_alpha = r`, and a constant `c`. All modules have one ra
 some engines ignore `rank_pattern`.
 """
 
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +22,6 @@ from peft_steer.tuners.steer.merging import plan_merge
 from .edits import Edit, edits_of, steer_config
 from .gguf_vector import ARCHITECTURES, write_control_vector
 
-
-logger = logging.getLogger(__name__)
 
 CONSTANTS = ("bias", "vector", "drop")
 CONTROL_VECTOR = "control_vector.gguf"
@@ -126,8 +123,8 @@ def _check_constants(
         return
     if constants is None:
         raise ValueError(
-            f"the adapter adds a constant at {len(has_constants)} places (the first is {has_constants[0]!r}), and LoRA "
-            "as most engines read it has none. Choose --constants bias (a bias in the LoRA: exact in PEFT, refused by "
+            f"the adapter adds a constant at {len(has_constants)} places (the first is {has_constants[0]!r}), and most "
+            "engines' LoRA has none. Choose --constants bias (a bias in the LoRA: exact in PEFT, refused by "
             "vLLM and llama.cpp), --constants vector (a control vector beside the LoRA: llama.cpp alone, at the MLP "
             "alone, not in block 0) or --constants drop (another model than the one that was trained; the difference "
             "is printed). Or export it with --format merged."
@@ -138,8 +135,8 @@ def _check_constants(
         elsewhere = [name for name in has_constants if edits[name].site not in ("mlp", "block")]
         if elsewhere:
             raise ValueError(
-                f"constants='vector': the constant at {elsewhere[0]!r} is read by the block's MLP, so it is no control "
-                "vector, which llama.cpp adds behind the MLP. Choose --constants bias, or --format merged."
+                f"constants='vector': the constant at {elsewhere[0]!r} is read by the block's MLP, and llama.cpp adds "
+                "control vectors behind it. Choose --constants bias, or --format merged."
             )
 
 
