@@ -21,6 +21,7 @@ COMMANDS = {
     ),
     "tasks": ("peft_steer.commands.tasks", "list the tasks that ship, with splits and licences, or show one"),
     "export": ("peft_steer.commands.export", "write an adapter for llama.cpp, as LoRA, or as a whole model"),
+    "import": ("peft_steer.commands.import_", "make an adapter of another tool's vectors or interventions"),
     "lm-eval": ("peft_steer.commands.lm_eval", "lm-evaluation-harness, knowing our adapters and tasks"),
 }
 _USAGE = "usage: peft-steer COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())

@@ -61,12 +61,12 @@ def test_what_llama_cpp_reads(tmp_path):
 
 def test_block_0(tmp_path):
     model = adapted(kind="vector")
-    with pytest.raises(ValueError, match="block 0.*--drop-block-0"):
+    with pytest.raises(ValueError, match=r"block 0.*--drop-block-0"):
         export_gguf_vector(model, tmp_path / "v.gguf")
     assert not (tmp_path / "v.gguf").exists()
     assert sorted(export_gguf_vector(model, tmp_path / "v.gguf", drop_block_0=True)) == [1, 2]
+    only_0 = adapted(kind="vector", layers_to_transform=[0])
     with pytest.raises(ValueError, match="nothing would be steered"):
-        only_0 = adapted(kind="vector", layers_to_transform=[0])
         export_gguf_vector(only_0, tmp_path / "0.gguf", drop_block_0=True)
 
 

@@ -1,4 +1,4 @@
-"""What `peft-steer export` does: loads, writes beside the target, compares, and only then gives the target its name."""
+"""What `peft-steer export` does: loads, writes, compares, and only then gives what it wrote its name."""
 
 import argparse
 import shutil

@@ -164,7 +164,7 @@ def _architecture(model: PeftModel) -> str:
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"whether llama.cpp steers the architecture {model_type!r} is not known here; known are "
-            f"{', '.join(ARCHITECTURES)}. (It does not steer BERT's family, PLaMo 2 and draft models.) If its graph in "
-            "llama.cpp calls build_cvec, give its name there with --architecture."
+            f"{', '.join(ARCHITECTURES)}. (BERT's family, PLaMo 2 and draft models are not steered.) If its graph "
+            "in llama.cpp calls build_cvec, give its name there with --architecture."
         )
     return ARCHITECTURES[model_type]

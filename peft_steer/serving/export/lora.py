@@ -123,8 +123,8 @@ def _check_constants(
         return
     if constants is None:
         raise ValueError(
-            f"the adapter adds a constant at {len(has_constants)} places (the first is {has_constants[0]!r}), and most "
-            "engines' LoRA has none. Choose --constants bias (a bias in the LoRA: exact in PEFT, refused by "
+            f"the adapter adds constants at {len(has_constants)} places (the first is {has_constants[0]!r}), and "
+            "most engines' LoRA has none. Choose --constants bias (a bias in the LoRA: exact in PEFT, refused by "
             "vLLM and llama.cpp), --constants vector (a control vector beside the LoRA: llama.cpp alone, at the MLP "
             "alone, not in block 0) or --constants drop (another model than the one that was trained; the difference "
             "is printed). Or export it with --format merged."
