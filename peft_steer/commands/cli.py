@@ -20,6 +20,7 @@ COMMANDS = {
         "turn a fine-tuned model or an adapter into a steering adapter",
     ),
     "tasks": ("peft_steer.commands.tasks", "list the tasks that ship, with splits and licences, or show one"),
+    "extract": ("peft_steer.commands.extract", "make a steering vector of contrastive pairs, without training"),
     "export": ("peft_steer.commands.export", "write an adapter for llama.cpp, as LoRA, or as a whole model"),
     "import": ("peft_steer.commands.import_", "make an adapter of another tool's vectors or interventions"),
     "lm-eval": ("peft_steer.commands.lm_eval", "lm-evaluation-harness, knowing our adapters and tasks"),
