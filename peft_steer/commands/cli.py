@@ -23,6 +23,7 @@ COMMANDS = {
     "extract": ("peft_steer.commands.extract", "make a steering vector of contrastive pairs, without training"),
     "export": ("peft_steer.commands.export", "write an adapter for llama.cpp, as LoRA, or as a whole model"),
     "import": ("peft_steer.commands.import_", "make an adapter of another tool's vectors or interventions"),
+    "play": ("peft_steer.commands.play", "a local page: base and steered side by side, with a slider"),
     "lm-eval": ("peft_steer.commands.lm_eval", "lm-evaluation-harness, knowing our adapters and tasks"),
 }
 _USAGE = "usage: peft-steer COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
