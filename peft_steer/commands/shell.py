@@ -6,18 +6,27 @@ import sys
 from collections.abc import Callable
 
 
+# What installs a module that a command needs.
+_EXTRAS = {"gguf": "export", "gradio": "play", "lm_eval": "extract", "scipy": "extract", "bitsandbytes": "quant"}
+
+
 def run(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], argv: list[str]) -> int:
     """Parses `argv` and runs `action`, which imports what it needs.
 
     Returns:
-        0, or 2 if it raised `ValueError`, `OSError` or `ImportError`, whose message is printed.
+        0, or 2 if it raised `ValueError` or `OSError`, or needs a module that is not there. The message is printed.
     """
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("peft_steer").setLevel(logging.INFO)
     try:
         action(args)
-    except (ValueError, OSError, ImportError) as error:
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        print(f"{parser.prog}: {error}: pip install 'peft-steer[{_EXTRAS[error.name]}]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
