@@ -55,7 +55,7 @@ def test_vector_prints_how_to_serve_it(adapter, tmp_path, capsys):
     assert main([folder, "--format", "gguf-vector", "-o", str(tmp_path / "v.gguf")]) == 0
     out = capsys.readouterr().out
     assert f"--control-vector-scaled {tmp_path / 'v.gguf'}:1.0" in out
-    assert "blocks 1, of norm" in out
+    assert "Blocks: 1. Norms:" in out
 
 
 @pytest.mark.parametrize(

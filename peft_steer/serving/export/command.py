@@ -66,7 +66,7 @@ def _vector(args: argparse.Namespace, config: PeftConfig, base: str, path: Path)
     model = load(args, base, weights=at_mlp)
     vectors = export_gguf_vector(model, path, drop_block_0=args.drop_block_0, architecture=args.architecture)
     norms = [v.norm().item() for v in vectors.values()]
-    print(f"Vectors for blocks {_ranges(vectors)}, of norm {min(norms):.3g} to {max(norms):.3g}. Read back: equal.")
+    print(f"Blocks: {_ranges(vectors)}. Norms: {min(norms):.3g} to {max(norms):.3g}. Read back: equal.")
 
 
 def _lora(args: argparse.Namespace, config: PeftConfig, base: str, folder: Path) -> None:
