@@ -25,18 +25,10 @@ class Intervention(KeepsPrecision):
         """`h + scale * dh`, shape `(..., d)`, in the dtype of `h`."""
         return torch.add(h, self.delta(h), alpha=scale)
 
-    def factors(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] | None:
-        """`(U, D, v)` with `dh = U D h + v`, shapes `(d, r)`, `(r, d)` and `(d,)` in float32 or float64 (None stands
-        for zero), or None if the edit is no affine function of `h`."""
-        return None
-
     def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-        """`(M, v)` with `dh = M h + v` and `M = U D` of shape `(d, d)`, as [`factors`] says."""
-        factors = self.factors()
-        if factors is None:
-            return None
-        U, D, v = factors
-        return None if U is None else U @ D, v
+        """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or
+        None if the edit is no affine function of `h`."""
+        return None
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

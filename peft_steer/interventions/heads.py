@@ -80,13 +80,11 @@ class HeadEdit(SteppedEdit):
                 return _EditHeads.apply(h, a, v, scale)
             return _plain_edit(h, a, v, scale)
 
-    def factors(self):
-        """`U D` is diagonal: of the entries of `a` that are not zero, `D` reads each and `U` scales it."""
+    def affine(self):
         training, self.training = self.training, False
         a, v = (x.flatten() for x in self.acting())
         self.training = training
-        D = torch.eye(len(a), dtype=a.dtype, device=a.device)[a != 0]
-        return D.t() * a[:, None], D, v
+        return torch.diag(a), v
 
     @staticmethod
     def after_step(edits, update) -> None:

@@ -132,8 +132,8 @@ class FixedVector(Intervention):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return self.v.to(h.dtype)
 
-    def factors(self):
-        return None, None, at_least_float32(self.v)
+    def affine(self):
+        return None, at_least_float32(self.v)
 
 
 class LowRank(Intervention):
@@ -185,8 +185,8 @@ class LowRank(Intervention):
     def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         return low_rank_edit(h, self.W_read, self.W_up, b=self.b, scale=scale, activation=self.activation)
 
-    def factors(self):
+    def affine(self):
         if self.activation:
             return None
-        b = None if self.b is None else at_least_float32(self.b)
-        return at_least_float32(self.W_up), at_least_float32(self.W_read), b
+        M = at_least_float32(self.W_up) @ at_least_float32(self.W_read)
+        return M, None if self.b is None else at_least_float32(self.b)

@@ -62,9 +62,9 @@ class Loreft(Intervention):
         R = self.R
         return low_rank_edit(h, self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
 
-    def factors(self):
+    def affine(self):
         R = self.R
-        return R.t(), self.W.to(R.dtype) - R, R.t() @ self.b.to(R.dtype)
+        return R.t() @ (self.W.to(R.dtype) - R), R.t() @ self.b.to(R.dtype)
 
 
 class Direft(Loreft):
@@ -91,11 +91,11 @@ class Direft(Loreft):
         W, b = self.W.to(R.dtype), self.b.to(R.dtype)
         return low_rank_edit(h, W, R.t(), c=b, scale=scale, activation=self.activation)
 
-    def factors(self):
+    def affine(self):
         if self.activation:
             return None
         R = self.R
-        return R.t(), self.W.to(R.dtype), R.t() @ self.b.to(R.dtype)
+        return R.t() @ self.W.to(R.dtype), R.t() @ self.b.to(R.dtype)
 
 
 class Nodireft(Intervention):
@@ -129,11 +129,11 @@ class Nodireft(Intervention):
     def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         return low_rank_edit(h, self.W1, self.W2.t(), c=self.b, scale=scale, activation=self.activation)
 
-    def factors(self):
+    def affine(self):
         if self.activation:
             return None
         W2 = at_least_float32(self.W2)
-        return W2.t(), self.W1.to(W2.dtype), W2.t() @ self.b.to(W2.dtype)
+        return W2.t() @ self.W1.to(W2.dtype), W2.t() @ self.b.to(W2.dtype)
 
 
 class Noreft(Nodireft):
@@ -153,11 +153,11 @@ class Noreft(Nodireft):
         with torch.autocast(h.device.type, enabled=False):
             return Intervention.forward(self, h, scale)
 
-    def factors(self):
+    def affine(self):
         if self.activation:
             return None
         W2 = at_least_float32(self.W2)
-        return W2.t(), self.W1.to(W2.dtype) - W2, W2.t() @ self.b.to(W2.dtype)
+        return W2.t() @ (self.W1.to(W2.dtype) - W2), W2.t() @ self.b.to(W2.dtype)
 
 
 def _f(edit: Direft | Nodireft, h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:

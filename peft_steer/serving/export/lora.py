@@ -20,6 +20,7 @@ from torch import nn
 from peft_steer.tuners.steer.merging import plan_merge
 
 from .edits import Edit, edits_of, steer_config
+from .factors import factors
 from .gguf_vector import ARCHITECTURES, write_control_vector
 
 
@@ -86,17 +87,15 @@ def export_lora(
 @torch.no_grad()
 def pair_of(edit: Edit, linear: nn.Module) -> Pair:
     """The edit of `linear`'s output (at the heads: of its input) as what LoRA adds to it."""
-    W = linear.weight.float() if isinstance(linear, nn.Linear) else linear.weight.float().t()
-    b0 = W.new_zeros(len(W)) if linear.bias is None else linear.bias.float()
-    U, D, v = (None if x is None else x.to(W) for x in edit.module.factors())
-    v = W.new_zeros(W.shape[edit.site == "heads"]) if v is None else v
-    if U is None:
-        U, D = v.new_zeros(len(v), 0), v.new_zeros(0, len(v))
+    W = linear.weight.double() if isinstance(linear, nn.Linear) else linear.weight.double().t()
+    b0 = W.new_zeros(len(W)) if linear.bias is None else linear.bias.double()
+    U, D, v = (None if x is None else x.to(W) for x in factors(edit.module))
+    v = U.new_zeros(len(U)) if v is None else v
     if edit.site == "heads":
         A, B, c = D, W @ U, W @ v
     else:
         A, B, c = D @ W, U, U @ (D @ b0) + v
-    return Pair(A.cpu(), edit.scale * B.cpu(), edit.scale * c.cpu())
+    return Pair(A.cpu().float(), (edit.scale * B).cpu().float(), (edit.scale * c).cpu().float())
 
 
 def _check(model: PeftModel, adapter_name: str) -> None:
