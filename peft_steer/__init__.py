@@ -14,9 +14,10 @@ from peft_steer.tuners.joint import (
     orthogonality,
     project_,
 )
-from peft_steer.tuners.steer.config import JolaConfig, LofitConfig, LoreftConfig, PostBlockSteerConfig, SteerConfig
+from peft_steer.tuners.steer.config import SteerConfig
 from peft_steer.tuners.steer.model import SteerModel
 from peft_steer.tuners.steer.position_hooks import needs_prompts, steered_positions
+from peft_steer.tuners.steer.presets import JolaConfig, LofitConfig, LoreftConfig, PostBlockSteerConfig
 
 
 __version__ = version("peft-steer")

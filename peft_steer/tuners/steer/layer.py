@@ -1,14 +1,16 @@
 """The interventions at one site, by adapter name: a child of the steered module, called by a hook on it."""
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_steer.interventions.base import Intervention
+from peft_steer.interventions import Intervention
 from peft_steer.interventions.optimizer_hooks import Group
 from peft_steer.positions.spec import Selection, split
+from peft_steer.sites import Site
 
-from .building import build_intervention, device_and_dtype
 from .config import SteerConfig
 from .folding import Folding
 
@@ -49,9 +51,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     their order.
 
     Args:
-        module (`nn.Module`): the steered module; this layer becomes its child.
-        d (`int`): width of the hidden states.
-        head_dim (`int`, *optional*): if the input is edited, which are attention heads side by side: their width.
+        site ([`Site`]): where the edits are made; this layer becomes a child of the site's module.
     """
 
     adapter_layer_names = ("steer_edit",)
@@ -60,13 +60,13 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     # Which tokens the present forward pass has; see `position_hooks.py`.
     selection: Selection | None = None
     # Of each edit in the last forward pass: its mask, the shape of its tokens, which rows they are (None: all), of how
-    # many.
+    # many. Masks are kept as they are, and counted when somebody asks.
     edited: list[tuple[torch.Tensor | bool, torch.Size, list[int] | None, int]]
 
-    def __init__(self, module: nn.Module, d: int, head_dim: int | None = None):
+    def __init__(self, site: Site):
         super().__init__()
-        self.head_dim = head_dim
-        self.in_features = self.out_features = d
+        self.at_input = site.place == "heads"
+        self.in_features = self.out_features = site.width
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())  # `steer_edit`
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
@@ -75,6 +75,9 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
         self.edited = []
         self._merge_backup: tuple | None = None
+        self._attach(site.module)
+
+    def _attach(self, module: nn.Module) -> None:
         self._steered = (module,)  # in a tuple: the parent is not a submodule
         module.add_module(self.child, self)
         _layers_changed()
@@ -84,9 +87,9 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
             self._hook = module.register_forward_hook(steer_output, prepend=True)
 
     @property
-    def at_input(self) -> bool:
-        """Whether the module's input is edited, rather than its output."""
-        return self.head_dim is not None
+    def steered_module(self) -> nn.Module:
+        """The module whose output (at `site="heads"`: whose input) this layer edits."""
+        return self._steered[0]
 
     @property
     def child(self) -> str:
@@ -96,7 +99,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     def detach(self) -> None:
         """Remove this layer from the module that it steers."""
         self._hook.remove()
-        delattr(self._steered[0], self.child)
+        delattr(self.steered_module, self.child)
         _layers_changed()
 
     def __setstate__(self, state: dict) -> None:  # of a copy, or after unpickling
@@ -104,20 +107,32 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         _layers_changed()
 
     def update_layer(
-        self, adapter_name: str, config: SteerConfig, r: int, device, dtype, group: Group | None = None
+        self,
+        adapter_name: str,
+        config: SteerConfig,
+        site: Site,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Add the adapter `adapter_name`; `group` is that of the adapter's edits in the whole model."""
-        edits = [
-            build_intervention(
-                config, self.out_features, r, device=device, dtype=dtype, head_dim=self.head_dim, group=group
-            )
-            for _ in range(1 if config.tie_weights else 2)
-        ]
-        self.steer_edit[adapter_name] = (
-            edits[0] if config.tie_weights else nn.ModuleDict({"prefix": edits[0], "suffix": edits[1]})
-        )
+        """Add the adapter `adapter_name`; `kwargs` are those of [`build_edit`]."""
+        names = ("shared",) if config.share_weights else ("prefix", "suffix")
+        edits = {name: self.build_edit(config, site, device=device, dtype=dtype, **kwargs) for name in names}
+        self.steer_edit[adapter_name] = edits["shared"] if config.share_weights else nn.ModuleDict(edits)
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scale
         self.positions[adapter_name] = config.positions
+
+    def build_edit(self, config: SteerConfig, site: Site, group: Group | None = None, **kwargs: Any) -> Intervention:
+        """One edit of an adapter; `group` stands for the adapter in the whole model."""
+        return config.intervention.build(config, site.width, site.rank, site.head_dim, group, **kwargs)
+
+    def edits(self, adapter_name: str) -> dict[str, Intervention]:
+        """The edits of an adapter by their names below it: one, named `""`, or one for the prompt's `"prefix"` and one
+        for its `"suffix"`; none if the adapter is not here."""
+        if adapter_name not in self.steer_edit:
+            return {}
+        edit = self.steer_edit[adapter_name]
+        return dict(edit.items()) if isinstance(edit, nn.ModuleDict) else {"": edit}
 
     def positions_in_use(self) -> set[str]:
         """The specifications other than `"all"` of the adapters that may act in the present forward pass."""
@@ -127,7 +142,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Steered hidden states, same shape `(..., d)` and dtype."""
-        if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint does not allow
+        if not torch.compiler.is_compiling():
             self.edited = []
         if self.disable_adapters or self.merged_adapters:
             return hidden_states
@@ -190,8 +205,8 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         return flat.index_copy(0, rows, edit(flat.index_select(0, rows), scale)).view(h.shape)
 
     def _record(self, mask: torch.Tensor | bool, h: torch.Tensor, items: list[int] | None) -> None:
-        if not torch.compiler.is_compiling():
-            rows = len(h) if items is None else len(self.row_adapters)
+        if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint does not allow
+            rows = len(h) if items is None else len(self.row_adapters or ())
             self.edited.append((mask, h.shape[:-1], items, rows))
 
     @property
@@ -261,7 +276,22 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Called after loading with `low_cpu_mem_usage`: the weights keep the dtype of the file.
         if adapter_name in self.steer_edit:
-            self.steer_edit[adapter_name].to(device or device_and_dtype(*self._steered, *self._steered)[0])
+            self.steer_edit[adapter_name].to(device or device_and_dtype(self.steered_module, self.steered_module)[0])
+
+
+def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device on which the steered module runs and the dtype in which it computes."""
+    parameters = [p for module in (target, model) for p in module.parameters()]
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    if not parameters:
+        return torch.device("cpu"), dtype
+    device = parameters[0].device
+    if device.type == "meta":  # offloaded by accelerate, which knows where it runs
+        hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
+        device = torch.device(
+            next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
+        )
+    return device, dtype
 
 
 _layers_state = object()  # another one whenever a layer is made, copied, loaded or taken off
