@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from peft_steer.interventions import Intervention
 from peft_steer.sites import Block, Site, output_linear, site_module
 
 from ..steer.config import SteerConfig
+from ..steer.injection import Plan
 from ..steer.layer import SteerLayer
 from .config import JointSteerLoraConfig
 from .projection import JointLowRank
@@ -18,6 +20,21 @@ from .projection import JointLowRank
 
 logger = logging.getLogger(__name__)
 CONTAINER = "lora_steer_edit"
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """Where the halves of one adapter meet; see [`Plan`].
+
+    Attributes:
+        steering: Where the edits are put.
+        writers: Names of the linear layers whose LoRA must not be read, by the name of the steered module.
+        where: Device and dtype of the edits, by that name, as they were before LoRA was put in.
+    """
+
+    steering: Plan
+    writers: dict[str, str]
+    where: dict[str, tuple[torch.device, torch.dtype]]
 
 
 class JointSteerLayer(SteerLayer):

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,33 +19,19 @@ from peft_steer.interventions import LowRank
 from peft_steer.registration import register
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
-from ..steer.injection import Plan, check_adapter_name, check_state_dict, plan_injection
-from ..steer.layer import CHILD, device_and_dtype, steered_layers
-from ..steer.model import Strength
+from ..steer.injection import check_adapter_name, check_state_dict, plan_injection
+from ..steer.layer import CHILD, steered_layers
+from ..steer.placement import device_and_dtype
 from ..steer.position_hooks import check_stacks, track, untrack
+from ..steer.strength import Strength
 from .config import JOINT_STEER_LORA, JointSteerLoraConfig, of_steering_half
-from .layer import CONTAINER, JointSteerLayer, plan_writers
+from .layer import CONTAINER, JointPlan, JointSteerLayer, plan_writers
 from .projection import JointLowRank
 from .saving import project_for_saving
 
 
 MARKER = f".{CHILD}.{CONTAINER}"
 HALVES = ("both", "lora", "steer")
-
-
-@dataclass(frozen=True)
-class JointPlan:
-    """Where the halves of one adapter meet; see [`Plan`].
-
-    Attributes:
-        steering: Where the edits are put.
-        writers: Names of the linear layers whose LoRA must not be read, by the name of the steered module.
-        where: Device and dtype of the edits, by that name, as they were before LoRA was put in.
-    """
-
-    steering: Plan
-    writers: dict[str, str]
-    where: dict[str, tuple[torch.device, torch.dtype]]
 
 
 class JointSteerLoraModel(Strength, LoraModel):

@@ -13,6 +13,8 @@ from peft_steer.sites import Site
 
 from .config import SteerConfig
 from .folding import Folding
+from .placement import device_and_dtype
+from .strength import LayerStrength
 
 
 CHILD = "steering"  # must not contain the prefix `steer_`, or PEFT takes the container for a weight
@@ -44,7 +46,7 @@ def steer_input(module: nn.Module, args: tuple) -> tuple:
     return (getattr(module, INPUT_CHILD)(args[0]), *args[1:])
 
 
-class SteerLayer(Folding, nn.Module, BaseTunerLayer):
+class SteerLayer(Folding, LayerStrength, nn.Module, BaseTunerLayer):
     """The edits of one module's output, or of its input.
 
     With several active adapters every edit reads the same unsteered `h`: `out = h + sum_i scale_i dh_i(h)`, whatever
@@ -221,34 +223,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
             )
         return whole
 
-    # --- strength, named as in PEFT's LoRA layers
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the factor of `dh` to `scale` times the configured one."""
-        if adapter_name in self.scaling:
-            self.check_not_merged("set_scale")
-            self.scaling[adapter_name] = scale * self.initial_scaling[adapter_name]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the factor of every active adapter by `scale`."""
-        self.check_not_merged("scale_layer")
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the factor of every active adapter by `scale`, or return it to the configured one."""
-        self.check_not_merged("unscale_layer")
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
-
-    def check_not_merged(self, what: str) -> None:
-        """Raise `ValueError` if adapters are merged, which `what` would not reach."""
-        if self.merged_adapters:
-            raise ValueError(
-                f"`{what}` would not reach the merged adapters {self.merged_adapters}; unmerge them first."
-            )
+    # --- on and off
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -279,21 +254,6 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
             self.steer_edit[adapter_name].to(device or device_and_dtype(self.steered_module, self.steered_module)[0])
 
 
-def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device on which the steered module runs and the dtype in which it computes."""
-    parameters = [p for module in (target, model) for p in module.parameters()]
-    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
-    if not parameters:
-        return torch.device("cpu"), dtype
-    device = parameters[0].device
-    if device.type == "meta":  # offloaded by accelerate, which knows where it runs
-        hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
-        device = torch.device(
-            next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
-        )
-    return device, dtype
-
-
 _layers_state = object()  # another one whenever a layer is made, copied, loaded or taken off
 
 
@@ -312,6 +272,17 @@ def steered_layers(model: nn.Module) -> list[SteerLayer]:
         layers = [module for module in model.modules() if isinstance(module, SteerLayer)]
         model._kept_layers = (_layers_state, layers)
     return layers
+
+
+def steered_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the adapters in `model` steer, by qualified name: their outputs are edited, or at
+    `site="heads"` their inputs.
+
+    Args:
+        model: any model, wrapped by PEFT or not.
+    """
+    names = {id(m): name for name, m in model.named_modules()}
+    return {names[id(layer.steered_module)]: layer.steered_module for layer in steered_layers(model)}
 
 
 def forget_layers(model: nn.Module) -> None:

@@ -21,43 +21,14 @@ from .injection import (
     plan_injection,
     resolve_sites,
 )
-from .layer import CHILD, INPUT_CHILD, SteerLayer, device_and_dtype, steered_layers
+from .layer import CHILD, INPUT_CHILD, SteerLayer, steered_layers
 from .merging import plan_merge, refuse_to_save
+from .placement import device_and_dtype
 from .position_hooks import check_stacks, track, untrack
+from .strength import Strength
 
 
 MARKER = f"{CHILD}.steer_edit"  # ends `INPUT_CHILD`'s as well
-
-
-class Strength:
-    """How strong adapters act, on a whole model; for a `BaseTuner` whose layers have methods of the same names."""
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the strength of an adapter to `scale` times the configured one: `h + scale * config.scale * dh`."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {list(self.peft_config)}.")
-        for layer in self._scalable_layers("set_scale"):
-            layer.set_scale(adapter_name, scale)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the strength of the active adapters by `scale`."""
-        for layer in self._scalable_layers("scale_layer"):
-            layer.scale_layer(scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the strength of the active adapters by `scale`, or return it to the configured one."""
-        for layer in self._scalable_layers("unscale_layer"):
-            layer.unscale_layer(scale)
-
-    def _tuner_layers(self) -> list:
-        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
-
-    def _scalable_layers(self, what: str) -> list:
-        layers = self._tuner_layers()
-        for layer in layers:  # all of them, before the first is changed
-            if isinstance(layer, SteerLayer):
-                layer.check_not_merged(what)
-        return layers
 
 
 class SteerModel(Strength, BaseTuner):
