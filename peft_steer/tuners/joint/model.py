@@ -24,6 +24,7 @@ from ..steer.layer import CHILD, steered_layers
 from ..steer.placement import device_and_dtype
 from ..steer.position_hooks import check_stacks, track, untrack
 from ..steer.strength import Strength
+from ..steer.wrapping import unwrapped_key
 from .config import JOINT_STEER_LORA, JointSteerLoraConfig, of_steering_half
 from .layer import CONTAINER, JointPlan, JointSteerLayer, plan_writers
 from .projection import JointLowRank
@@ -270,6 +271,7 @@ class JointSteerLoraModel(Strength, LoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = {unwrapped_key(key): x for key, x in state_dict.items()}
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict, MARKER)
         return state_dict

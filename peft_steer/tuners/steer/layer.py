@@ -77,9 +77,10 @@ class SteerLayer(Folding, LayerStrength, nn.Module, BaseTunerLayer):
         self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
         self.edited = []
         self._merge_backup: tuple | None = None
-        self._attach(site.module)
+        self.attach(site.module)
 
-    def _attach(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module) -> None:
+        """Become a child of `module`, and steer it."""
         self._steered = (module,)  # in a tuple: the parent is not a submodule
         module.add_module(self.child, self)
         _layers_changed()

@@ -26,6 +26,7 @@ from .merging import plan_merge, refuse_to_save
 from .placement import device_and_dtype
 from .position_hooks import check_stacks, track, untrack
 from .strength import Strength
+from .wrapping import unwrapped_key
 
 
 MARKER = f"{CHILD}.steer_edit"  # ends `INPUT_CHILD`'s as well
@@ -77,7 +78,7 @@ class SteerModel(Strength, BaseTuner):
         check_adapter_name(model, adapter_name)
         if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
             child = rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})"
-            state_dict = {re.sub(child, ".", key): x for key, x in state_dict.items()}
+            state_dict = {re.sub(child, ".", unwrapped_key(key)): x for key, x in state_dict.items()}
             self._check_sites_of(state_dict, model, adapter_name)
         super().inject_adapter(
             model,
@@ -237,7 +238,9 @@ class SteerModel(Strength, BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        state_dict = {key.replace(f"{MARKER}.", f"{MARKER}.{adapter_name}."): x for key, x in state_dict.items()}
+        state_dict = {
+            unwrapped_key(key).replace(f"{MARKER}.", f"{MARKER}.{adapter_name}."): x for key, x in state_dict.items()
+        }
         check_state_dict(model, adapter_name, state_dict, MARKER)
         return state_dict
 
