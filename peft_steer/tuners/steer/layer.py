@@ -46,7 +46,7 @@ def steer_input(module: nn.Module, args: tuple) -> tuple:
     return (getattr(module, INPUT_CHILD)(args[0]), *args[1:])
 
 
-class SteerLayer(Folding, LayerStrength, nn.Module, BaseTunerLayer):
+class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
     """The edits of one module's output, or of its input.
 
     With several active adapters every edit reads the same unsteered `h`: `out = h + sum_i scale_i dh_i(h)`, whatever
@@ -76,7 +76,6 @@ class SteerLayer(Folding, LayerStrength, nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
         self.edited = []
-        self._merge_backup: tuple | None = None
         self.attach(site.module)
 
     def attach(self, module: nn.Module) -> None:
