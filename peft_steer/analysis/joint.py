@@ -20,12 +20,10 @@ from lm_eval.api.task import ConfigurableTask
 from matplotlib.figure import Figure
 from peft import PeftModel
 
-from peft_steer import JointSteerLoraConfig
+from peft_steer import JointLowRank, JointSteerLayer, JointSteerLoraConfig
 from peft_steer.evaluation import tasks
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
-from peft_steer.tuners.joint.layer import JointSteerLayer
-from peft_steer.tuners.joint.projection import JointLowRank
 
 from .inputs.pairs import add_base_arguments, check_adapter, find_base, read_adapter_config
 from .output import facts_of, write_figure, write_table

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_steer import SteerConfig
 from peft_steer.sites import Block
-from peft_steer.tuners.steer.injection import resolve_sites, site_at
+from peft_steer.tuners.steer.injection import resolve_sites
 from peft_steer.tuners.steer.layer import CHILD, INPUT_CHILD
 
 from .directions import direction, with_norm
@@ -75,8 +75,8 @@ def vector_places(model: PeftModel, adapter_name: str = "default") -> dict[str, 
             f"adapter {adapter_name!r} has no vectors to set: make it with SteerConfig(kind='vector'); there are "
             f"{ {name: getattr(c, 'kind', c.peft_type.value) for name, c in model.peft_config.items()} }"
         )
-    sites, _ = resolve_sites(model.get_base_model(), config)
-    return {name: (block, site_at(config, name, block)) for name, block in sites.items()}
+    sites = resolve_sites(model.get_base_model(), config)
+    return {name: (site.block, site.place) for name, site in sites.items()}
 
 
 def collect_pairs(

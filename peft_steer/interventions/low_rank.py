@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 
 from .base import Intervention, at_least_float32
 
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
+ACTIVATIONS = {name: ACT2FN[name] for name in ("silu", "relu", "gelu", "tanh")}
 
 
 def _activation_backward(name: str | None, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -118,6 +119,8 @@ def low_rank_edit(
 class FixedVector(Intervention):
     """`dh = v` (paper, section 3: fixed steering vector). `v`: `(d,)`, zero at the start."""
 
+    has_rank = False
+
     def __init__(self, d: int, init_weights: bool = True, device=None, dtype=None):
         super().__init__()
         self.v = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
@@ -142,6 +145,10 @@ class LowRank(Intervention):
     `W_down`: `(r, d)`, `W_up`: `(d, r)`, optional `b`: `(d,)`. At the start `W_up = 0`, `b = 0` and `W_down` is
     Kaiming-uniform times 1e-3 (paper, appendix on hyperparameters), so `dh = 0`.
     """
+
+    @classmethod
+    def arguments(cls, config):
+        return {"activation": config.activation, "use_bias": config.use_bias}
 
     def __init__(
         self,
@@ -190,3 +197,16 @@ class LowRank(Intervention):
             return None
         M = at_least_float32(self.W_up) @ at_least_float32(self.W_read)
         return M, None if self.b is None else at_least_float32(self.b)
+
+
+class Linear(LowRank):
+    """`dh = W_up W_down h + b`; `b` only with `use_bias`."""
+
+    has_bias = True
+
+
+class Nonlinear(LowRank):
+    """`dh = W_up act(W_down h)`."""
+
+    activations = tuple(ACTIVATIONS)
+    default_activation = "silu"

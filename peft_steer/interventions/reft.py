@@ -73,6 +73,16 @@ class Direft(Loreft):
     At the start `W = 0` and `b = 0`; every `f` here has `f(0) = 0`.
     """
 
+    activations = tuple(ACTIVATIONS)
+
+    @classmethod
+    def check_config(cls, config):
+        if config.activation == "relu":
+            raise ValueError(
+                f"`activation='relu'` contradicts `kind={config.kind!r}`: it starts at `f(0)`, where relu's gradient "
+                "is zero, and would never leave it. Choose another activation, or `kind='nodireft'`."
+            )
+
     def __init__(self, *args, activation: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.activation = activation
@@ -103,6 +113,8 @@ class Nodireft(Intervention):
 
     `W1`, `W2`: `(r, d)`, `b`: `(r,)`. At the start `W2 = 0`, `b = 0` and `W1` is Kaiming-uniform.
     """
+
+    activations = tuple(ACTIVATIONS)
 
     def __init__(
         self, d: int, r: int, activation: str | None = None, init_weights: bool = True, device=None, dtype=None

@@ -70,7 +70,7 @@ class Session:
         base, found = self.model.get_base_model(), {}
         for config in self.model.peft_config.values():
             steer = config.steer_config() if hasattr(config, "steer_config") else config
-            found |= {name: block.index for name, block in resolve_sites(base, steer)[0].items()}
+            found |= {name: site.block.index for name, site in resolve_sites(base, steer).items()}
         return found
 
     # --- what acts

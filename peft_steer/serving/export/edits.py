@@ -8,7 +8,7 @@ from torch import nn
 from peft_steer.interventions.base import Intervention
 from peft_steer.sites import Block
 from peft_steer.tuners.steer.config import SteerConfig
-from peft_steer.tuners.steer.injection import resolve_sites, site_at
+from peft_steer.tuners.steer.injection import resolve_sites
 from peft_steer.tuners.steer.layer import CHILD, INPUT_CHILD
 
 
@@ -39,12 +39,10 @@ def edits_of(model: PeftModel, adapter_name: str = "default") -> list[Edit]:
     """
     config = steer_config(model, adapter_name)
     base = model.get_base_model()
-    sites, _ = resolve_sites(base, config)
     edits = []
-    for name, block in sites.items():
-        site = site_at(config, name, block)
-        layer = getattr(base.get_submodule(name), INPUT_CHILD if site == "heads" else CHILD)
-        edits.append(Edit(name, block, site, layer.steer_edit[adapter_name], layer.scaling[adapter_name]))
+    for name, site in resolve_sites(base, config).items():
+        layer = getattr(site.module, INPUT_CHILD if site.place == "heads" else CHILD)
+        edits.append(Edit(name, site.block, site.place, layer.steer_edit[adapter_name], layer.scaling[adapter_name]))
     return edits
 
 

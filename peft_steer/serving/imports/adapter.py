@@ -49,9 +49,9 @@ def make_adapter(base: str, foreign: Foreign, scale: float = 1.0) -> PeftModel:
     )
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base
-    for name, block in resolve_sites(model, config)[0].items():
-        edit = getattr(model.get_submodule(name), CHILD).steer_edit["default"]
-        edit.load_state_dict(foreign.states[block.index])
+    for site in resolve_sites(model, config).values():
+        edit = getattr(site.module, CHILD).steer_edit["default"]
+        edit.load_state_dict(foreign.states[site.block.index])
     return adapted
 
 

@@ -1,13 +1,18 @@
 """The steering half at one site, and the LoRA layer whose output it must not read."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from peft.tuners.lora import LoraLayer
+import torch
 from torch import nn
 
-from peft_steer.sites import Block, output_linear, site_module
+from peft_steer.interventions import Intervention
+from peft_steer.sites import Block, Site, output_linear, site_module
 
+from ..steer.config import SteerConfig
+from ..steer.injection import Plan
 from ..steer.layer import SteerLayer
 from .config import JointSteerLoraConfig
 from .projection import JointLowRank
@@ -15,6 +20,21 @@ from .projection import JointLowRank
 
 logger = logging.getLogger(__name__)
 CONTAINER = "lora_steer_edit"
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """Where the halves of one adapter meet; see [`Plan`].
+
+    Attributes:
+        steering: Where the edits are put.
+        writers: Names of the linear layers whose LoRA must not be read, by the name of the steered module.
+        where: Device and dtype of the edits, by that name, as they were before LoRA was put in.
+    """
+
+    steering: Plan
+    writers: dict[str, str]
+    where: dict[str, tuple[torch.device, torch.dtype]]
 
 
 class JointSteerLayer(SteerLayer):
@@ -32,41 +52,29 @@ class JointSteerLayer(SteerLayer):
     def steer_edit(self) -> nn.ModuleDict:
         return getattr(self, CONTAINER)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.muted:
             self.edited = []
             return hidden_states
         return super().forward(hidden_states)
 
-    def update_layer(
-        self, adapter_name: str, config: JointSteerLoraConfig, r: int, device, dtype, lora: LoraLayer | None
-    ) -> None:
-        """Add the adapter `adapter_name`; `lora` is the layer whose output is not to be read, if there is one."""
-        steer = config.steer_config()
-        super().update_layer(adapter_name, steer, r, device, dtype)
-        if lora is not None and config.steer_kind in ("linear", "nonlinear"):
-            self.steer_edit[adapter_name] = JointLowRank(
-                self.out_features,
-                r,
-                activation=steer.activation,
-                use_bias=steer.use_bias,
-                init_weights=steer.init_weights,
-                device=device,
-                dtype=dtype,
-                lora=lora,
-                adapter_name=adapter_name,
-                orthogonal=(config.orthogonal or "always") if config.constrained else "none",
-                interval=config.orthogonal_interval,
-            )
+    def build_edit(
+        self, config: SteerConfig, site: Site, constraint: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Intervention:
+        """As [`SteerLayer`]'s; with `constraint`, the arguments of [`JointLowRank`], one whose `W_down` knows the LoRA
+        that it must not read."""
+        if constraint is None:
+            return super().build_edit(config, site, **kwargs)
+        return JointLowRank.build(config, site.width, site.rank, **constraint, **kwargs)
 
 
 def plan_writers(
-    sites: dict[str, Block], config: JointSteerLoraConfig, is_targeted: Callable[[str], bool]
+    sites: Mapping[str, Site], config: JointSteerLoraConfig, is_targeted: Callable[[str], bool]
 ) -> dict[str, str]:
     """Names of the linear layers that end the steered blocks' MLPs and get LoRA, by the name of the steered module.
 
     Args:
-        sites: the blocks, by the name of the steered module.
+        sites: by the name of the steered module.
         config: the configuration of the adapter.
         is_targeted: whether LoRA will be put at the module of that name.
 
@@ -74,8 +82,8 @@ def plan_writers(
         ValueError: if `config.orthogonal` asks for a constraint and a block has no such layer.
     """
     writers, missing = {}, {}
-    for name, block in sites.items():
-        linear, reason = _mlp_output(block)
+    for name, site in sites.items():
+        linear, reason = _mlp_output(site.block)
         if linear is not None and is_targeted(linear):
             writers[name] = linear
         else:
@@ -99,7 +107,7 @@ def plan_writers(
 
 
 def _mlp_output(block: Block) -> tuple[str | None, str | None]:
-    """The name of the linear layer that ends the block's MLP, or the reason that there is none."""
+    """The name of the linear layer that ends the block's MLP, or why there is none."""
     try:
         name, module = site_module(block, "mlp")
     except ValueError as error:
