@@ -70,7 +70,7 @@ def vector_places(model: PeftModel, adapter_name: str = "default") -> dict[str, 
         ValueError: If it is no adapter of vectors.
     """
     config = model.peft_config.get(adapter_name)
-    if not isinstance(config, SteerConfig) or config.kind != "vector" or not config.tie_weights:
+    if not isinstance(config, SteerConfig) or config.kind != "vector" or not config.share_weights:
         raise ValueError(
             f"adapter {adapter_name!r} has no vectors to set: make it with SteerConfig(kind='vector'); there are "
             f"{ {name: getattr(c, 'kind', c.peft_type.value) for name, c in model.peft_config.items()} }"

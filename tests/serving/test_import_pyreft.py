@@ -160,7 +160,7 @@ BLOCK = [(1, "block_output", 0)]
         ({"kind": "Loreft", "places": [(0, "block_output", 0), (1, "mlp_output", 0)]}, [], "one place at a time"),
         ({"kind": "Loreft", "places": [(0, "block_output", 0), (1, "block_output", 1)]}, [], "every block needs"),
         ({"kind": "Noreft"}, ["--positions", "l1", "--activation", "tanh"], "proj_layer.bias is not zero"),
-        ({"kind": "Loreft", "places": [*BLOCK, (1, "block_output", 1)]}, ["--positions", "l1"], "tie_weights"),
+        ({"kind": "Loreft", "places": [*BLOCK, (1, "block_output", 1)]}, ["--positions", "l1"], "share_weights"),
         ({"kind": "Loreft"}, ["--site", "mlp"], "says it itself"),
         ({"kind": "Direft", "change": {"learned_source.weight": torch.ones(R, 16)}}, [], "widths"),
     ],

@@ -42,7 +42,7 @@ def make_adapter(base: str, foreign: Foreign, scale: float = 1.0) -> PeftModel:
         rank_pattern={names[block]: rank for block, rank in ranks.items() if rank != r},
         activation=foreign.activation,
         positions=foreign.positions,
-        tie_weights=foreign.tied,
+        share_weights=foreign.tied,
         layers_to_transform=sorted(foreign.states),
         scale=scale,
         task_type="CAUSAL_LM",
