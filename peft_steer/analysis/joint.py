@@ -95,7 +95,7 @@ def overlaps(model: PeftModel, adapter_name: str = "default") -> pd.DataFrame:
                 "chance": max(B.shape[1], reads.shape[1]) / len(B),
                 "chance_steering": reads.shape[1] / len(B),
                 "size_lora": (B @ A).norm().item() * lora.scaling[adapter_name],
-                "size_steering": (writes @ reads.t()).norm().item() * layer.scaling[adapter_name],
+                "size_steering": (writes @ reads.t()).norm().item() * layer.strength(adapter_name),
             }
         )
     if not rows:

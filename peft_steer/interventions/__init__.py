@@ -19,4 +19,17 @@ KINDS: dict[str, type[Intervention]] = {
     "jola": Jola,
 }
 
-__all__ = ["KINDS", "Intervention", "LowRank", *sorted(cls.__name__ for cls in KINDS.values())]
+__all__ = [
+    "KINDS",
+    "Direft",
+    "FixedVector",
+    "Intervention",
+    "Jola",
+    "Linear",
+    "Lofit",
+    "Loreft",
+    "LowRank",
+    "Nodireft",
+    "Nonlinear",
+    "Noreft",
+]

@@ -54,6 +54,15 @@ class Loreft(Intervention):
         with torch.autocast(V.device.type, enabled=False):
             return torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
 
+    @R.setter
+    def R(self, rows: torch.Tensor) -> None:
+        rows = rows.detach().to(self.V)
+        gram = at_least_float32(rows) @ at_least_float32(rows).t()
+        if rows.shape != self.V.shape or (gram - torch.eye(len(rows), device=gram.device)).abs().max() > 1e-2:
+            raise ValueError(f"`R` must have orthonormal rows, in the shape {tuple(self.V.shape)}.")
+        with torch.no_grad():
+            self.V.copy_(rows)
+
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         R = self.R.to(h.dtype)
         return F.linear(F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype)) - F.linear(h, R), R.t())

@@ -71,3 +71,14 @@ def test_direft_reads_no_more_than_loreft_and_writes_the_same_rows():
     direft.load_state_dict(loreft.state_dict())
     h = torch.randn(7, 32)
     torch.testing.assert_close(direft.delta(h) - loreft.delta(h), h @ loreft.R.T @ loreft.R)
+
+
+@pytest.mark.parametrize("kind", ["loreft", "direft"])
+def test_rows_can_be_assigned(kind):
+    """As an import of a checkpoint does it."""
+    edit = KINDS[kind].build(SteerConfig(kind=kind), 24, 5)
+    rows = torch.linalg.qr(torch.randn(24, 5))[0].t()
+    edit.R = rows
+    torch.testing.assert_close(edit.R, rows, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="orthonormal rows"):
+        edit.R = 2 * rows

@@ -13,6 +13,7 @@ from peft_steer.interventions.options import check_count
 from peft_steer.registration import add_peft_type
 
 from ..steer.config import SteerConfig
+from ..steer.files import check_same
 
 
 JOINT_STEER_LORA = add_peft_type("JOINT_STEER_LORA")
@@ -140,6 +141,12 @@ class JointSteerLoraConfig(_SteeringHalf, LoraConfig):
             and "attention" not in steer.sites
             and not self.target_parameters
         )
+
+    def check_file(self, loaded: PeftConfig, adapter_name: str, path: str) -> None:
+        """Raise `ValueError` if `loaded`, the configuration of a file, is not that of this adapter."""
+        names = [name for name in STEERING if name != "steer_init_weights"]
+        names += ["orthogonal", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"]
+        check_same(self, loaded, [*names, "target_modules"], adapter_name, path)
 
     def steer_config(self) -> SteerConfig:
         """The steering half alone.

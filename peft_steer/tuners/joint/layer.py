@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_steer.interventions import Intervention
@@ -47,6 +49,8 @@ class JointSteerLayer(SteerLayer):
     adapter_layer_names = (CONTAINER,)
 
     muted = False  # see `JointSteerLoraModel.set_halves`
+    # A LoRA layer of each adapter, with its scaling as configured; in tuples: not submodules.
+    _leads: Mapping[str, tuple[LoraLayer, float]] = MappingProxyType({})
 
     @property
     def steer_edit(self) -> nn.ModuleDict:
@@ -57,6 +61,25 @@ class JointSteerLayer(SteerLayer):
             self.edited = []
             return hidden_states
         return super().forward(hidden_states)
+
+    # --- strength: one number for both halves, and LoRA's layers have it. PEFT's helpers know those alone:
+    # `rescale_adapter_scale` and others replace their `scaling`.
+
+    def follow(self, adapter_name: str, lora: LoraLayer) -> None:
+        """From now on an adapter's edits are as strong, relative to their configuration, as its LoRA in `lora`."""
+        self._leads = {**self._leads, adapter_name: (lora, float(lora.scaling[adapter_name]))}
+
+    def strength(self, adapter_name: str) -> float:
+        lora, configured = self._leads[adapter_name]
+        now = lora.scaling.get(adapter_name, configured)
+        return self.scaling[adapter_name] * (now / configured if configured else 1.0)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """LoRA's layers have it, as for the next two."""
+
+    def scale_layer(self, scale: float) -> None: ...
+
+    def unscale_layer(self, scale: float | None = None) -> None: ...
 
     def build_edit(
         self, config: SteerConfig, site: Site, constraint: dict[str, Any] | None = None, **kwargs: Any

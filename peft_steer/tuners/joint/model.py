@@ -117,6 +117,7 @@ class JointSteerLoraModel(Strength, LoraModel):
     def _inject_steering(self, adapter_name: str, config: JointSteerLoraConfig, names: list[str]) -> None:
         steer = config.steer_config()
         active = self.active_adapters
+        lead = next(m for m in self.model.modules() if isinstance(m, LoraLayer) and adapter_name in m.scaling)
         for name in names:
             # LoRA may have put another module in its place.
             site = replace(self._plan.steering.sites[name], module=self.model.get_submodule(name))
@@ -133,6 +134,7 @@ class JointSteerLoraModel(Strength, LoraModel):
                     "interval": config.orthogonal_interval,
                 }
             layer.update_layer(adapter_name, steer, site, *self._plan.where[name], constraint=constraint)
+            layer.follow(adapter_name, lead)
             trainable = adapter_name in active and not config.inference_mode
             layer.steer_edit[adapter_name].requires_grad_(trainable)
 
@@ -223,6 +225,7 @@ class JointSteerLoraModel(Strength, LoraModel):
         edits = {key: m for key, m in self.model.named_modules() if isinstance(m, JointSteerLayer)}
         training = self.training
         self.set_halves("both")
+        strengths = {(key, name): m.strength(name) for key, m in edits.items() for name in names if m.edits(name)}
         base = self._merge_lora(edits, progressbar=progressbar, safe_merge=safe_merge, adapter_names=names)
 
         model = None
@@ -238,7 +241,7 @@ class JointSteerLoraModel(Strength, LoraModel):
                 for part, edit in layer.edits(name).items():
                     target = base.get_submodule(key)
                     _take_over(target.edits(name)[part], edit)
-                    target.scaling[name] = layer.scaling[name]
+                    target.scaling[name] = strengths[key, name]
         model.base_model.set_adapter(names)
         return model.train(training)
 

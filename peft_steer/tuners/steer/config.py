@@ -14,6 +14,8 @@ from peft_steer.positions.spec import check_positions, split
 from peft_steer.registration import add_peft_type
 from peft_steer.sites import SITES
 
+from .files import check_same
+
 
 KINDS_HELP = f"one of {', '.join(map(repr, KINDS))}"
 SITE_HELP = (
@@ -172,6 +174,12 @@ class SteerConfig(PeftConfig):
     def intervention(self) -> type[Intervention]:
         """The class of the edits."""
         return KINDS[self.kind]
+
+    def check_file(self, loaded: PeftConfig, adapter_name: str, path: str) -> None:
+        """Raise `ValueError` if `loaded`, the configuration of a file, is not that of this adapter."""
+        bookkeeping = {"init_weights", "modules_to_save", *(f.name for f in fields(PeftConfig))}
+        names = [f.name for f in fields(SteerConfig) if f.name not in bookkeeping]
+        check_same(self, loaded, names, adapter_name, path)
 
     def __post_init__(self, tie_weights: bool | None) -> None:
         from_file = self.peft_type is not None

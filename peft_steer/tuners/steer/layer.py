@@ -59,6 +59,8 @@ class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
     adapter_layer_names = ("steer_edit",)
     other_param_names = ("scaling", "initial_scaling", "positions")
 
+    cast_input_dtype_enabled = True  # PEFT's switch (`disable_input_dtype_casting`); inputs are never cast here
+
     # Which tokens the present forward pass has; see `position_hooks.py`.
     selection: Selection | None = None
     # Of each edit in the last forward pass: its mask, the shape of its tokens, which rows they are (None: all), of how
@@ -171,7 +173,7 @@ class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
     def _steer(self, name: str, h: torch.Tensor, items: list[int] | None = None) -> torch.Tensor:
         """`h` steered by one adapter, where its positions are. `items`: those of the batch that `h` has, if not
         all."""
-        edit, scale, positions = self.steer_edit[name], self.scaling[name], self.positions[name]
+        edit, scale, positions = self.steer_edit[name], self.strength(name), self.positions[name]
         if not isinstance(edit, nn.ModuleDict):
             return self._edit_at(positions, edit, h, scale, items)
         for part, ends in zip(edit.values(), split(positions), strict=True):  # of different tokens

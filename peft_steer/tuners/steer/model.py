@@ -3,7 +3,7 @@
 import re
 from contextlib import contextmanager
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -13,6 +13,7 @@ from torch import nn
 from peft_steer.registration import register
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
+from .combining import add_up, config_of_sum
 from .config import STEER, SteerConfig
 from .injection import (
     Plan,
@@ -164,6 +165,24 @@ class SteerModel(Strength, BaseTuner):
                 handle.remove()
 
     # --- merging and unloading
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any
+    ) -> None:
+        """Add an adapter that does what the weighted sum of others does: of fixed vectors, at the same sites.
+
+        Args:
+            adapters: their names.
+            weights: a factor for each; the strength that each has now counts too.
+            adapter_name: the name of the new one.
+
+        Raises:
+            ValueError: if no adapter of their kind equals the sum; says what to do instead.
+        """
+        config = config_of_sum(self, adapters, weights, adapter_name, options)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        add_up(self._tuner_layers(), adapters, weights, adapter_name)
 
     def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
         plan_merge(self.model, self.peft_config, adapter_names)

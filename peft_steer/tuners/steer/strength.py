@@ -13,6 +13,10 @@ class LayerStrength:
     merged_adapters: list[str]
     active_adapters: list[str]
 
+    def strength(self, adapter_name: str) -> float:
+        """The factor of `dh` that acts now."""
+        return self.scaling[adapter_name]
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the factor of `dh` to `scale` times the configured one."""
         if adapter_name in self.scaling:
