@@ -64,7 +64,10 @@ def read_tensors(path: Path, site: str | None, layers: list[int] | None) -> Fore
             raise ValueError(f"--site {site}: the file says layer_type={kind!r}, which is {_SITES[kind]!r}")
         found, site = found["layer_activations"], _SITES[kind]
     elif (
-        isinstance(found, dict) and len(found) == 1 and isinstance(*found, str) and _is_tensor(*found.values(), ndim=2)
+        isinstance(found, dict)
+        and len(found) == 1
+        and isinstance(next(iter(found)), str)
+        and _is_tensor(*found.values(), ndim=2)
     ):
         found = next(iter(found.values()))
     site = site or "block"
