@@ -18,7 +18,9 @@ def run(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], 
     """
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("peft_steer").setLevel(logging.INFO)
+    logger = logging.getLogger("peft_steer")
+    level = logger.level
+    logger.setLevel(logging.INFO)
     try:
         action(args)
     except ModuleNotFoundError as error:
@@ -29,6 +31,8 @@ def run(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], 
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    finally:
+        logger.setLevel(level)
     return 0
 
 
