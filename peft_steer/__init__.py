@@ -6,23 +6,27 @@ Importing this package registers its tuner types with PEFT.
 from importlib.metadata import version
 
 from peft_steer.tuners.joint import (
+    JointLowRank,
     JointOptimizer,
+    JointSteerLayer,
     JointSteerLoraConfig,
     JointSteerLoraModel,
-    joint_optimizer,
-    joint_optimizer_cls_and_kwargs,
     orthogonality,
     project_,
 )
-from peft_steer.tuners.steer.config import JolaConfig, LofitConfig, LoreftConfig, PostBlockSteerConfig, SteerConfig
+from peft_steer.tuners.steer.config import SteerConfig
+from peft_steer.tuners.steer.layer import SteerLayer, steered_modules
 from peft_steer.tuners.steer.model import SteerModel
 from peft_steer.tuners.steer.position_hooks import needs_prompts, steered_positions
+from peft_steer.tuners.steer.presets import JolaConfig, LofitConfig, LoreftConfig, PostBlockSteerConfig
 
 
 __version__ = version("peft-steer")
 
 __all__ = [
+    "JointLowRank",
     "JointOptimizer",
+    "JointSteerLayer",
     "JointSteerLoraConfig",
     "JointSteerLoraModel",
     "JolaConfig",
@@ -30,11 +34,11 @@ __all__ = [
     "LoreftConfig",
     "PostBlockSteerConfig",
     "SteerConfig",
+    "SteerLayer",
     "SteerModel",
-    "joint_optimizer",
-    "joint_optimizer_cls_and_kwargs",
     "needs_prompts",
     "orthogonality",
     "project_",
+    "steered_modules",
     "steered_positions",
 ]

@@ -1,5 +1,10 @@
-"""The only place that touches PEFT's registry: new members of `PeftType` and their entries in PEFT's mappings."""
+"""The only place that touches PEFT itself: new members of `PeftType`, their entries in PEFT's mappings, and a check in
+`PeftModel.load_adapter`."""
 
+from functools import wraps
+from typing import Any
+
+from peft import PeftConfig, PeftModel
 from peft.utils import PeftType, register_peft_method
 
 
@@ -40,3 +45,27 @@ def register(peft_type: PeftType, config_cls: type, model_cls: type) -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
+
+
+def check_configurations_of_files() -> None:
+    """Make `PeftModel.load_adapter` ask an adapter that exists under the given name whether the file's configuration
+    is its own (`check_file`, if its configuration has that method).
+
+    PEFT (0.21) loads such a file's weights and ignores its configuration: they would run with another scale,
+    activation or positions, without a word.
+    """
+    load = getattr(PeftModel.load_adapter, "unchecked", PeftModel.load_adapter)
+
+    @wraps(load)
+    def checked(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        check = getattr(self.peft_config.get(adapter_name), "check_file", None)
+        if check is not None:
+            hub_kwargs, _ = self._split_kwargs(dict(kwargs))
+            check(PeftConfig.from_pretrained(model_id, **hub_kwargs), adapter_name, str(model_id))
+        return load(self, model_id, adapter_name, *args, **kwargs)
+
+    checked.unchecked = load  # type: ignore[attr-defined]
+    PeftModel.load_adapter = checked  # type: ignore[method-assign]
+
+
+check_configurations_of_files()

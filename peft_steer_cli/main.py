@@ -47,6 +47,17 @@ COMMANDS = {
     "tasks": Command(
         "list the tasks that ship, with splits and licences, or show one", "peft_steer.commands.tasks:run", "tasks"
     ),
+    "extract": Command(
+        "make a steering vector of contrastive pairs, without training", "peft_steer.commands.extract:main"
+    ),
+    "export": Command(
+        "write an adapter for llama.cpp, as LoRA, or as a whole model", "peft_steer.commands.export:main"
+    ),
+    "import": Command(
+        "make an adapter of another tool's vectors or interventions", "peft_steer.commands.import_:main"
+    ),
+    "play": Command("a local page: base and steered side by side, with a slider", "peft_steer.commands.play:main"),
+    "serve": Command("an OpenAI-compatible server for adapters, by vLLM", "peft_steer.serving.vllm.serve:main"),
     "lm-eval": Command("lm-evaluation-harness with our adapters and tasks", "peft_steer.commands.lm_eval:main"),
 }
 _USAGE = "usage: peft-steer COMMAND ...\n\n" + "\n".join(f"  {name:10}{c.help}" for name, c in COMMANDS.items())

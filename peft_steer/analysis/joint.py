@@ -21,12 +21,10 @@ from lm_eval.api.task import ConfigurableTask
 from matplotlib.figure import Figure
 from peft import PeftModel, PeftType
 
-from peft_steer import JointSteerLoraConfig, JointSteerLoraModel
+from peft_steer import JointLowRank, JointSteerLayer, JointSteerLoraConfig, JointSteerLoraModel
 from peft_steer.evaluation import tasks
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
-from peft_steer.tuners.joint.layer import JointSteerLayer
-from peft_steer.tuners.joint.projection import JointLowRank
 from peft_steer.utils.errors import UsageError, usage_errors
 
 from .inputs.adapters import check_adapter, read_adapter_config
@@ -87,7 +85,7 @@ def overlaps(model: PeftModel, adapter_name: str = "default") -> pd.DataFrame:
                 "chance": max(B.shape[1], reads.shape[1]) / len(B),
                 "chance_steering": reads.shape[1] / len(B),
                 "size_lora": (B @ A).norm().item() * lora.scaling[adapter_name],
-                "size_steering": (writes @ reads.t()).norm().item() * layer.scaling[adapter_name],
+                "size_steering": (writes @ reads.t()).norm().item() * layer.strength(adapter_name),
             }
         )
     if not rows:

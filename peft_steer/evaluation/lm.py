@@ -81,8 +81,12 @@ class PeftSteerLM(HFLM):
         self.peft = self._fingerprint = None
         if not peft:
             return
-        if self._model.config.get_text_config().vocab_size != len(self.tokenizer):  # as `hf`
-            self._model.resize_token_embeddings(len(self.tokenizer))
+        embeddings = self._model.get_input_embeddings().num_embeddings
+        if embeddings < len(self.tokenizer):  # `hf` would resize them, also where they are padded for speed
+            raise ValueError(
+                f"`peft={peft!r}`: the tokenizer has {len(self.tokenizer)} tokens and the base {embeddings} "
+                "embeddings. Load the base with as many as the adapter was trained with (`pretrained=`)."
+            )
         self._fingerprint = fingerprint(self._model)
         self._model = PeftModel.from_pretrained(self._model, peft, revision=self.revision).eval()
         self._model.tie_weights()

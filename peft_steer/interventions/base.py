@@ -6,17 +6,86 @@ intervention is called as `edit(h, scale)` and returns the steered state; `edit.
 no copy of `h` is made.
 """
 
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
 import torch
 
 from .low_rank_form import LowRankForm
+from .options import Option
 from .precision import KeepsPrecision
+
+
+class EditConfig(Protocol):
+    """What every kind reads of a configuration; a kind's own fields are its `options`."""
+
+    kind: str
+    activation: str | None
+    use_bias: bool
+    init_weights: bool
 
 
 class Intervention(KeepsPrecision):
     """Base class: `delta(h)` is the equation; `forward` adds it to `h`.
 
-    Subclasses implement `delta`, `reset_parameters` and, where there is something to gain, `forward`.
+    Subclasses implement `delta`, `reset_parameters` and, where there is something to gain, `forward`. What else is
+    particular to a kind it declares in the attributes below: configuration, injection and files ask the class.
+
+    Attributes:
+        has_rank: Whether the edit has a rank `r`.
+        activations: Names of the activations that may be chosen.
+        default_activation: The one that is taken if none is chosen; None for the identity.
+        has_bias: Whether `use_bias` may be set.
+        edits_heads: Whether it edits attention heads, so that its site can only be `"heads"`.
+        options: Fields of the configuration that this kind has and others do not.
     """
+
+    has_rank: ClassVar[bool] = True
+    activations: ClassVar[tuple[str, ...]] = ()
+    default_activation: ClassVar[str | None] = None
+    has_bias: ClassVar[bool] = False
+    edits_heads: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, Option]] = {}
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Raise `ValueError` if a configuration of this kind is wrong in a way that the declarations do not show."""
+
+    @classmethod
+    def check_heads(cls, config: Any, total: int) -> None:
+        """Raise `ValueError` if the targeted blocks, with `total` heads, have too few."""
+
+    @classmethod
+    def before_saving(cls, config: Any, tensors: dict[str, torch.Tensor]) -> None:
+        """An adapter of this kind is about to be saved, with these tensors."""
+
+    @classmethod
+    def arguments(cls, config: Any) -> dict[str, Any]:
+        """What the constructor takes from the configuration, beside the sizes and `init_weights`."""
+        return {"activation": config.activation} if cls.activations else {}
+
+    @classmethod
+    def build(
+        cls,
+        config: EditConfig,
+        width: int,
+        rank: int,
+        head_dim: int | None = None,
+        group: Any = None,
+        **kwargs: Any,
+    ) -> "Intervention":
+        """The edit that a configuration of this kind asks for.
+
+        Args:
+            config: The configuration.
+            width: Width `d` of the hidden states.
+            rank: Rank `r` of the edit.
+            head_dim: Width of a head, where the hidden states are heads side by side.
+            group: Stands for the adapter, to the edits that are trained together.
+            kwargs: `device` and `dtype` of the parameters.
+        """
+        sizes = (width, rank) if cls.has_rank else (width,)
+        return cls(*sizes, init_weights=config.init_weights, **cls.arguments(config), **kwargs)
 
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         """`dh`, broadcastable to `h` of shape `(..., d)` and in its dtype."""
@@ -28,7 +97,7 @@ class Intervention(KeepsPrecision):
 
     def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
         """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or
-        None if the edit is no affine function of `h`."""
+        None if the edit is not an affine function of `h`."""
         return None
 
     def low_rank(self, scale: float = 1.0) -> LowRankForm | None:

@@ -52,6 +52,16 @@ class HeadEdit(SteppedEdit):
         group: shared by the edits of one adapter in one model.
     """
 
+    has_rank = False
+    edits_heads = True
+
+    @classmethod
+    def build(cls, config, width, rank, head_dim=None, group=None, **kwargs):
+        if head_dim is None:
+            raise ValueError(f"`kind={config.kind!r}` edits attention heads, and their width is not known here.")
+        sizes = (width // head_dim, head_dim)
+        return cls(*sizes, group, init_weights=config.init_weights, **cls.arguments(config), **kwargs)
+
     def __init__(self, num_heads: int, head_dim: int, group: Group | None = None, device=None, dtype=None):
         super().__init__(group)
         self.A = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))

@@ -1,13 +1,15 @@
 """LoFiT (arXiv 2406.01563): heads are chosen first, then a vector is trained at each of them."""
 
 import logging
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
-from peft import PeftConfig
 
 from .base import at_least_float32
 from .heads import HeadEdit
 from .optimizer_hooks import Update, whole
+from .options import Option, check_count, check_non_negative
 
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,38 @@ class Lofit(HeadEdit):
         selection_step, l1_lambda: as above.
         args, kwargs: those of [`HeadEdit`].
     """
+
+    options: ClassVar[Mapping[str, Option]] = {
+        "num_heads": Option(None, check_count),
+        "selection_step": Option(100, check_count),
+        "l1_lambda": Option(5e-4, check_non_negative),
+    }
+
+    @classmethod
+    def arguments(cls, config):
+        return {
+            "chosen": config.num_heads,
+            "selection_step": config.selection_step,
+            "l1_lambda": config.l1_lambda,
+        }
+
+    @classmethod
+    def check_heads(cls, config, total):
+        if config.num_heads is not None and config.num_heads > total:
+            raise ValueError(
+                f"`num_heads={config.num_heads}` cannot be chosen: the targeted blocks have {total} heads."
+            )
+
+    @classmethod
+    def before_saving(cls, config, tensors):
+        steps = max((int(x) for key, x in tensors.items() if key.endswith(".steps")), default=0)
+        if steps < config.selection_step:
+            logger.warning(
+                "LoFiT's heads are not chosen yet: %d of `selection_step=%d` optimizer steps are done, and the saved "
+                "adapter edits all heads. Train longer, or lower `selection_step`.",
+                steps,
+                config.selection_step,
+            )
 
     def __init__(
         self, *args, chosen: int | None, selection_step: int, l1_lambda: float, init_weights: bool = True, **kwargs
@@ -72,16 +106,3 @@ def _select(edits: list[Lofit], update: Update) -> None:
         len(norms),
         [(edit.place, head) for edit in edits for head in edit.selected.nonzero().flatten().tolist()],
     )
-
-
-def warn_before_choice(config: PeftConfig, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`adapter`, the tensors to be saved; logs it if it is LoFiT's and has not chosen its heads yet."""
-    steps = max((int(x) for key, x in adapter.items() if key.endswith(".steps")), default=0)
-    if config.kind == "lofit" and steps < config.selection_step:
-        logger.warning(
-            "LoFiT's heads are not chosen yet: %d of `selection_step=%d` optimizer steps are done, and the saved "
-            "adapter edits all heads. Train longer, or lower `selection_step`.",
-            steps,
-            config.selection_step,
-        )
-    return adapter

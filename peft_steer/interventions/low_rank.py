@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 
 from .base import Intervention, at_least_float32
 from .low_rank_form import low_rank_form
 
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
+ACTIVATIONS = {name: ACT2FN[name] for name in ("silu", "relu", "gelu", "tanh")}
 
 
 def _activation_backward(name: str | None, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -119,6 +120,8 @@ def low_rank_edit(
 class FixedVector(Intervention):
     """`dh = v` (paper, section 3: fixed steering vector). `v`: `(d,)`, zero at the start."""
 
+    has_rank = False
+
     def __init__(self, d: int, init_weights: bool = True, device=None, dtype=None):
         super().__init__()
         self.v = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
@@ -147,6 +150,10 @@ class LowRank(Intervention):
     `W_down`: `(r, d)`, `W_up`: `(d, r)`, optional `b`: `(d,)`. At the start `W_up = 0`, `b = 0` and `W_down` is
     Kaiming-uniform times 1e-3 (paper, appendix on hyperparameters), so `dh = 0`.
     """
+
+    @classmethod
+    def arguments(cls, config):
+        return {"activation": config.activation, "use_bias": config.use_bias}
 
     def __init__(
         self,
@@ -198,3 +205,16 @@ class LowRank(Intervention):
 
     def low_rank(self, scale=1.0):
         return low_rank_form(self.W_read, self.W_up, v=self.b, activations=self.activation, scale=scale)
+
+
+class Linear(LowRank):
+    """`dh = W_up W_down h + b`; `b` only with `use_bias`."""
+
+    has_bias = True
+
+
+class Nonlinear(LowRank):
+    """`dh = W_up act(W_down h)`."""
+
+    activations = tuple(ACTIVATIONS)
+    default_activation = "silu"

@@ -55,6 +55,15 @@ class Loreft(Intervention):
         with torch.autocast(V.device.type, enabled=False):
             return torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
 
+    @R.setter
+    def R(self, rows: torch.Tensor) -> None:
+        rows = rows.detach().to(self.V)
+        gram = at_least_float32(rows) @ at_least_float32(rows).t()
+        if rows.shape != self.V.shape or (gram - torch.eye(len(rows), device=gram.device)).abs().max() > 1e-2:
+            raise ValueError(f"`R` must have orthonormal rows, in the shape {tuple(self.V.shape)}.")
+        with torch.no_grad():
+            self.V.copy_(rows)
+
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         R = self.R.to(h.dtype)
         return F.linear(F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype)) - F.linear(h, R), R.t())
@@ -77,6 +86,16 @@ class Direft(Loreft):
 
     At the start `W = 0` and `b = 0`; every `f` here has `f(0) = 0`.
     """
+
+    activations = tuple(ACTIVATIONS)
+
+    @classmethod
+    def check_config(cls, config):
+        if config.activation == "relu":
+            raise ValueError(
+                f"`activation='relu'` contradicts `kind={config.kind!r}`: it starts at `f(0)`, where relu's gradient "
+                "is zero, and would never leave it. Choose another activation, or `kind='nodireft'`."
+            )
 
     def __init__(self, *args, activation: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -111,6 +130,8 @@ class Nodireft(Intervention):
 
     `W1`, `W2`: `(r, d)`, `b`: `(r,)`. At the start `W2 = 0`, `b = 0` and `W1` is Kaiming-uniform.
     """
+
+    activations = tuple(ACTIVATIONS)
 
     def __init__(
         self, d: int, r: int, activation: str | None = None, init_weights: bool = True, device=None, dtype=None

@@ -1,1 +1,1 @@
-"""Running adapters outside of transformers: inference engines that serve them."""
+"""Adapters in other engines: serving, exports to their formats, and imports from other tools' files."""

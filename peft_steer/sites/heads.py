@@ -3,7 +3,7 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .modules import Block, heads_projection
+from .modules import Block, heads_projection, unwrapped
 
 
 # Of values, where they differ from queries' and keys' (MLA, linear attention), so first.
@@ -13,6 +13,7 @@ _WIDTH = ("v_head_dim", "head_v_dim", "head_dim", "head_size", "attention_head_s
 
 def input_width(linear: nn.Module) -> int:
     """Width of what a linear layer, quantized or not, reads."""
+    linear = unwrapped(linear)
     return linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features
 
 

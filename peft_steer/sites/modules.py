@@ -18,6 +18,8 @@ import inspect
 import re
 from collections import deque
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .blocks import Block
@@ -106,6 +108,17 @@ def output_linear(module: nn.Module) -> str | None:
         return ""
     found = [name for name, _ in module.named_children() if name in _OUTPUT_LINEAR]
     return found[0] if len(found) == 1 else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, without what PEFT may have put around it (other tuners, `modules_to_save`)."""
+    while True:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        elif isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
+            module = module.base_layer
+        else:
+            return module
 
 
 def _find(module: nn.Module, pattern: re.Pattern) -> str | None:

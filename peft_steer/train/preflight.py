@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import Trainer
 
-from peft_steer.tuners.steer.layer import SteerLayer
+from peft_steer import steered_modules
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
 
@@ -31,7 +31,7 @@ def preflight(trainer: Trainer, text: str) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise RuntimeError("Pre-flight: nothing is trained, no parameter requires a gradient.")
-    blocks = {id(m._steered[0]) for m in model.modules() if isinstance(m, SteerLayer)}
+    blocks = steered_modules(model)
     if trainer.accelerator.device.type != model.device.type or _is_zero3(trainer):
         logger.warning(
             "Pre-flight: %d steered modules. No forward pass is tried: the model is not yet in place.", len(blocks)

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from peft_steer import joint_optimizer_cls_and_kwargs
+from peft_steer import JointOptimizer
 from peft_steer.evaluation import tasks
 from peft_steer.utils.errors import UsageError, usage_errors
 from peft_steer.utils.hub import Source, find_model
@@ -191,8 +191,8 @@ def _make(
         trainer.model._ddp_params_and_buffers_to_ignore = ignored
     _report_dropped(trainer, prepared["train_dataset"])
     if arguments.steer_learning_rate is not None:
-        trainer.optimizer_cls_and_kwargs = joint_optimizer_cls_and_kwargs(
-            trainer.model, training, lora_lr=training.learning_rate, steer_lr=arguments.steer_learning_rate
+        trainer.optimizer_cls_and_kwargs = JointOptimizer.as_in(
+            training, trainer.model, lora_lr=training.learning_rate, steer_lr=arguments.steer_learning_rate
         )
     return trainer
 

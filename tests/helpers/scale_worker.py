@@ -25,7 +25,7 @@ JOBS = {
     "vector": lambda: SteerConfig(kind="vector", task_type="CAUSAL_LM"),
     "nonlinear": lambda: SteerConfig(kind="nonlinear", r=4, task_type="CAUSAL_LM"),
     "positions": lambda: SteerConfig(
-        kind="nonlinear", r=4, positions="f2+l1", tie_weights=False, task_type="CAUSAL_LM"
+        kind="nonlinear", r=4, positions="f2+l1", share_weights=False, task_type="CAUSAL_LM"
     ),
     "loreft": lambda: LoreftConfig(r=4, task_type="CAUSAL_LM"),
     "joint": lambda: joint_config(kind="nonlinear", r=4, task_type="CAUSAL_LM"),

@@ -6,7 +6,6 @@ import torch
 from tiny import HEAD_KINDS, KINDS, reference_delta
 
 from peft_steer import SteerConfig
-from peft_steer.tuners.steer.layer import build_intervention
 
 
 D, R, HEAD_DIM = 24, 5, 6
@@ -15,8 +14,8 @@ ALL_KINDS = KINDS | HEAD_KINDS
 
 def build(kind: str, **kwargs):
     """In evaluation mode: in training, JoLA's gates are random."""
-    config = SteerConfig(r=R, **ALL_KINDS[kind], **{k: kwargs.pop(k) for k in ("init_weights",) if k in kwargs})
-    return build_intervention(config, D, R, head_dim=HEAD_DIM, **kwargs).eval()
+    config = SteerConfig(**ALL_KINDS[kind], **{k: kwargs.pop(k) for k in ("init_weights",) if k in kwargs})
+    return config.intervention.build(config, D, R, HEAD_DIM, **kwargs).eval()
 
 
 def edit(kind: str, dtype=torch.float32, std: float = 0.3, seed: int = 0):
@@ -128,7 +127,7 @@ def test_rows_stay_orthonormal(dtype, kind):
     """After training steps in its own dtype, with weight decay and a large rate, and after a round trip through
     bf16."""
     torch.manual_seed(0)
-    module = build_intervention(SteerConfig(kind=kind), 64, 8, dtype=dtype)
+    module = SteerConfig(kind=kind).intervention.build(SteerConfig(kind=kind), 64, 8, dtype=dtype)
     start = module.R.clone()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.05, weight_decay=0.1)
     for _ in range(50):

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from tiny import inputs, make, reference_delta
 
 from peft_steer import SteerConfig
-from peft_steer.tuners.steer.layer import build_intervention
+from peft_steer.interventions import KINDS
 
 
 FORMS = [
@@ -42,7 +42,7 @@ def test_it_learns_from_its_start(kind, activation):
 def test_noreft_with_a_nonlinear_f(dtype, activation):
     """Value, gradients and start of the form that is not fused."""
     torch.manual_seed(0)
-    edit = build_intervention(SteerConfig(kind="noreft", activation=activation, r=5), 24, 5, dtype=dtype)
+    edit = KINDS["noreft"].build(SteerConfig(kind="noreft", activation=activation), 24, 5, dtype=dtype)
     h = torch.randn(6, 24, dtype=dtype, requires_grad=True)
     assert torch.equal(edit(h), h)
     with torch.no_grad():
@@ -66,8 +66,19 @@ def test_direft_reads_no_more_than_loreft_and_writes_the_same_rows():
     """The two have the same parameters; they differ by `R^T R h`."""
     torch.manual_seed(0)
     loreft, direft = (
-        build_intervention(SteerConfig(kind=kind, r=4, init_weights=False), 32, 4) for kind in ("loreft", "direft")
+        KINDS[kind].build(SteerConfig(kind=kind, init_weights=False), 32, 4) for kind in ("loreft", "direft")
     )
     direft.load_state_dict(loreft.state_dict())
     h = torch.randn(7, 32)
     torch.testing.assert_close(direft.delta(h) - loreft.delta(h), h @ loreft.R.T @ loreft.R)
+
+
+@pytest.mark.parametrize("kind", ["loreft", "direft"])
+def test_rows_can_be_assigned(kind):
+    """As an import of a checkpoint does it."""
+    edit = KINDS[kind].build(SteerConfig(kind=kind), 24, 5)
+    rows = torch.linalg.qr(torch.randn(24, 5))[0].t()
+    edit.R = rows
+    torch.testing.assert_close(edit.R, rows, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="orthonormal rows"):
+        edit.R = 2 * rows

@@ -182,7 +182,7 @@ def test_with_a_lora_adapter_that_does_not_need_positions():
 @pytest.mark.parametrize("kind", ["vector", "linear", "nonlinear", "loreft"])
 def test_separate_weights(kind, tmp_path):
     """The first tokens have one edit, the last ones another; both are trained and saved."""
-    model = steered(kind=kind, positions="f2+l1", tie_weights=False)
+    model = steered(kind=kind, positions="f2+l1", share_weights=False)
     tied = steered(kind=kind, positions="f2+l1")
     assert model.get_nb_trainable_parameters()[0] == 2 * tied.get_nb_trainable_parameters()[0]
     seen = []
@@ -213,8 +213,8 @@ def test_separate_weights(kind, tmp_path):
 
 @pytest.mark.parametrize("positions", ["all", "last", "f7", "prompt"])
 def test_separate_weights_need_two_ends(positions):
-    with pytest.raises(ValueError, match=r"`tie_weights=False` contradicts `positions="):
-        SteerConfig(positions=positions, tie_weights=False)
+    with pytest.raises(ValueError, match=r"`share_weights=False` contradicts `positions="):
+        SteerConfig(positions=positions, share_weights=False)
 
 
 # --- other classes of models

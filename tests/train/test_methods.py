@@ -16,7 +16,7 @@ F7L7 = {"positions": "f7+l7"}
 METHODS = {
     **{kind: LoreftConfig(kind=kind, **F7L7) for kind in ("loreft", "noreft", "direft", "nodireft")},
     **{
-        f"{kind}, separate": LoreftConfig(kind=kind, site="block", tie_weights=False, **F7L7)
+        f"{kind}, separate": LoreftConfig(kind=kind, site="block", share_weights=False, **F7L7)
         for kind in ("loreft", "noreft", "direft", "nodireft")
     },
     "lofit": LofitConfig(selection_step=2, num_heads=3),

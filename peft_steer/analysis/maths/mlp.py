@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
+from peft_steer import SteerLayer
 from peft_steer.sites import Block, mlp_name, output_linear
-from peft_steer.tuners.steer.layer import SteerLayer
 from peft_steer.utils.errors import UsageError
 
 

@@ -1,27 +1,52 @@
 """`JointSteerLoraConfig`: LoRA's configuration with the steering fields, under the prefix `steer_`."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from typing import Any
 
 from peft import LoraConfig
+from peft.config import PeftConfig
 
+from peft_steer.interventions import KINDS, LowRank
+from peft_steer.interventions.options import check_count
 from peft_steer.registration import add_peft_type
 
 from ..steer.config import SteerConfig
+from ..steer.files import check_same
 
 
 JOINT_STEER_LORA = add_peft_type("JOINT_STEER_LORA")
 ORTHOGONAL = ("always", "periodic", "none")
-_STEER_FIELDS = (
-    "site", "kind", "r", "activation", "use_bias", "scale", "positions", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "init_weights", "hidden_size", "num_blocks",
-)  # fmt: skip
+
+
+def _steering_fields() -> list[Field]:
+    """The fields of [`SteerConfig`] that a joint adapter has too: not those of every PEFT configuration, which it
+    shares with LoRA, nor those of edits of attention heads, which it cannot have."""
+    shared = {f.name for f in fields(PeftConfig)} | {f.name for f in fields(LoraConfig)} - {
+        # LoRA has fields of these names with another meaning.
+        "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"
+    } - {"init_weights"}  # fmt: skip
+    heads = {name for cls in KINDS.values() if cls.edits_heads for name in cls.options}
+    return [f for f in fields(SteerConfig) if f.name not in shared | heads]
+
+
+STEERING = {f"steer_{f.name}": f for f in _steering_fields()}
+
+
+def _prefixed(f: Field) -> Any:
+    default = "nonlinear" if f.name == "kind" else f.default
+    metadata = {"help": f"Steering: {f.metadata['help']}"}
+    if callable(f.default_factory):
+        return field(default_factory=f.default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_SteeringHalf: Any = make_dataclass("_SteeringHalf", [(name, f.type, _prefixed(f)) for name, f in STEERING.items()])
 
 
 @dataclass
-class JointSteerLoraConfig(LoraConfig):
+class JointSteerLoraConfig(_SteeringHalf, LoraConfig):
     """
     This is the configuration class to store the configuration of a [`JointSteerLoraModel`]: LoRA and steering trained
     together in one adapter ("Weight Updates as Activation Shifts", arXiv 2603.00425, joint adaptation). All of
@@ -29,8 +54,8 @@ class JointSteerLoraConfig(LoraConfig):
 
     Args:
         steer_site, steer_kind, steer_r, steer_activation, steer_use_bias, steer_scale, steer_positions,
-        steer_target_modules, steer_exclude_modules, steer_layers_to_transform, steer_layers_pattern,
-        steer_rank_pattern, steer_init_weights:
+        steer_share_weights, steer_target_modules, steer_exclude_modules, steer_layers_to_transform,
+        steer_layers_pattern, steer_rank_pattern, steer_init_weights, steer_hidden_size, steer_num_blocks:
             As [`SteerConfig`]'s fields without the prefix. By default `dh = W_up silu(W_down h)` at rank 8 at every
             block's output.
         orthogonal (`str`, *optional*):
@@ -44,40 +69,8 @@ class JointSteerLoraConfig(LoraConfig):
             projects the file alone; with `"periodic"`, save at multiples of the interval, so that resuming is exact.)
         orthogonal_interval (`int`, *optional*):
             With `orthogonal="periodic"`: number of optimizer steps from one projection to the next.
-        steer_hidden_size (`int`, *optional*), steer_num_blocks (`int`, *optional*):
-            Recorded when the adapter is created, so that an adapter is never loaded onto a model of another width or
-            depth.
     """
 
-    steer_site: str | list[str] = field(
-        default="block", metadata={"help": "Where to steer: 'block', 'mlp' or 'attention', or a list of them."}
-    )
-    steer_kind: str = field(default="nonlinear", metadata={"help": "What: as SteerConfig's kind."})
-    steer_r: int = field(default=8, metadata={"help": "Rank of the edit."})
-    steer_activation: str | None = field(default=None, metadata={"help": "Nonlinearity, as SteerConfig's activation."})
-    steer_use_bias: bool = field(default=False, metadata={"help": "Whether steer_kind='linear' has a bias b."})
-    steer_scale: float = field(default=1.0, metadata={"help": "Factor of the edit."})
-    steer_positions: str = field(
-        default="all", metadata={"help": "Which tokens: 'all', 'last', 'f7+l7', 'prompt' or 'completion'."}
-    )
-    steer_target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the blocks to steer (suffixes or a regular expression)."}
-    )
-    steer_exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of blocks not to steer (suffixes or a regular expression)."}
-    )
-    steer_layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to steer, in their stack."}
-    )
-    steer_layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "With steer_layers_to_transform: name of the stack the indices refer to."}
-    )
-    steer_rank_pattern: dict = field(
-        default_factory=dict, metadata={"help": "Ranks by name of the steered module, where they differ from steer_r."}
-    )
-    steer_init_weights: bool = field(
-        default=True, metadata={"help": "True: start at dh = 0. False: start at random (tests)."}
-    )
     orthogonal: str | None = field(
         default=None,
         metadata={"help": "Keep W_down orthogonal to lora_B of the MLP's output: 'always', 'periodic' or 'none'."},
@@ -85,10 +78,8 @@ class JointSteerLoraConfig(LoraConfig):
     orthogonal_interval: int | None = field(
         default=None, metadata={"help": "With orthogonal='periodic': optimizer steps between projections."}
     )
-    steer_hidden_size: int | None = field(default=None, metadata={"help": "Recorded: width of the model."})
-    steer_num_blocks: int | None = field(default=None, metadata={"help": "Recorded: number of blocks of the model."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = JOINT_STEER_LORA
         self._made_for = (self.steer_hidden_size, self.steer_num_blocks)
@@ -120,17 +111,17 @@ class JointSteerLoraConfig(LoraConfig):
                 f"`orthogonal_interval={interval!r}` contradicts `orthogonal={self.orthogonal!r}`: "
                 "set it with `orthogonal='periodic'` and only then."
             )
-        if interval is not None and (isinstance(interval, bool) or not isinstance(interval, int) or interval < 1):
-            raise ValueError(f"`orthogonal_interval={interval!r}` must be an integer of at least 1.")
+        if interval is not None:
+            check_count("orthogonal_interval", interval)
         if self.orthogonal not in ("always", "periodic"):
             return
-        sites = self.steer_config().sites
+        steer = self.steer_config()
         unsuited = {
             "steer_kind": (
-                self.steer_kind not in ("linear", "nonlinear"),
+                not issubclass(steer.intervention, LowRank),
                 "only 'linear' and 'nonlinear' have a `W_down`",
             ),
-            "steer_site": ("attention" in sites, "what is edited there is not what the MLP writes"),
+            "steer_site": ("attention" in steer.sites, "what is edited there is not what the MLP writes"),
             "target_parameters": (bool(self.target_parameters), "no single linear layer returns the experts' output"),
         }
         for name, (wrong, reason) in unsuited.items():
@@ -143,22 +134,29 @@ class JointSteerLoraConfig(LoraConfig):
     @property
     def constrained(self) -> bool:
         """Whether the edits are kept orthogonal to `lora_B`, in the blocks where they can be."""
+        steer = self.steer_config()
         return (
             self.orthogonal != "none"
-            and self.steer_kind in ("linear", "nonlinear")
-            and "attention" not in self.steer_config().sites
+            and issubclass(steer.intervention, LowRank)
+            and "attention" not in steer.sites
             and not self.target_parameters
         )
+
+    def check_file(self, loaded: PeftConfig, adapter_name: str, path: str) -> None:
+        """Raise `ValueError` if `loaded`, the configuration of a file, is not that of this adapter."""
+        names = [name for name in STEERING if name != "steer_init_weights"]
+        names += ["orthogonal", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"]
+        check_same(self, loaded, [*names, "target_modules"], adapter_name, path)
 
     def steer_config(self) -> SteerConfig:
         """The steering half alone.
 
         Raises:
-            ValueError: if it is no valid [`SteerConfig`]; the message names the prefixed fields.
+            ValueError: if it is not a valid [`SteerConfig`].
         """
-        with prefixed_errors():
+        with of_steering_half():
             config = SteerConfig(
-                **{name: getattr(self, f"steer_{name}") for name in _STEER_FIELDS},
+                **{f.name: getattr(self, name) for name, f in STEERING.items()},
                 task_type=self.task_type,
                 peft_version=self.peft_version,
                 base_model_name_or_path=self.base_model_name_or_path,
@@ -170,10 +168,9 @@ class JointSteerLoraConfig(LoraConfig):
 
 
 @contextmanager
-def prefixed_errors() -> Iterator[None]:
-    """Errors about the fields of a [`SteerConfig`] name the fields of [`JointSteerLoraConfig`] instead."""
+def of_steering_half() -> Iterator[None]:
+    """Errors about the fields of a [`SteerConfig`] say that they have a prefix here."""
     try:
         yield
     except ValueError as error:
-        message = re.sub(rf"(?<![\w'])({'|'.join(_STEER_FIELDS)})(?=[=`\[])", r"steer_\1", str(error))
-        raise ValueError(message) from error
+        raise ValueError(f"Steering half (its fields begin with `steer_`): {error}") from error

@@ -1,13 +1,20 @@
 """The steering half at one site, and the LoRA layer whose output it must not read."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_steer.sites import Block, output_linear, site_module
+from peft_steer.interventions import Intervention
+from peft_steer.sites import Block, Site, output_linear, site_module
 
+from ..steer.config import SteerConfig
+from ..steer.injection import Plan
 from ..steer.layer import SteerLayer
 from .config import JointSteerLoraConfig
 from .projection import JointLowRank
@@ -15,6 +22,21 @@ from .projection import JointLowRank
 
 logger = logging.getLogger(__name__)
 CONTAINER = "lora_steer_edit"
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """Where the halves of one adapter meet; see [`Plan`].
+
+    Attributes:
+        steering: Where the edits are put.
+        writers: Names of the linear layers whose LoRA must not be read, by the name of the steered module.
+        where: Device and dtype of the edits, by that name, as they were before LoRA was put in.
+    """
+
+    steering: Plan
+    writers: dict[str, str]
+    where: dict[str, tuple[torch.device, torch.dtype]]
 
 
 class JointSteerLayer(SteerLayer):
@@ -27,46 +49,55 @@ class JointSteerLayer(SteerLayer):
     adapter_layer_names = (CONTAINER,)
 
     muted = False  # see `JointSteerLoraModel.set_halves`
+    # A LoRA layer of each adapter, with its scaling as configured; in tuples: not submodules.
+    _leads: Mapping[str, tuple[LoraLayer, float]] = MappingProxyType({})
 
     @property
     def steer_edit(self) -> nn.ModuleDict:
         return getattr(self, CONTAINER)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.muted:
             self.edited = []
             return hidden_states
         return super().forward(hidden_states)
 
-    def update_layer(
-        self, adapter_name: str, config: JointSteerLoraConfig, r: int, device, dtype, lora: LoraLayer | None
-    ) -> None:
-        """Add the adapter `adapter_name`; `lora` is the layer whose output is not to be read, if there is one."""
-        steer = config.steer_config()
-        super().update_layer(adapter_name, steer, r, device, dtype)
-        if lora is not None and config.steer_kind in ("linear", "nonlinear"):
-            self.steer_edit[adapter_name] = JointLowRank(
-                self.out_features,
-                r,
-                activation=steer.activation,
-                use_bias=steer.use_bias,
-                init_weights=steer.init_weights,
-                device=device,
-                dtype=dtype,
-                lora=lora,
-                adapter_name=adapter_name,
-                orthogonal=(config.orthogonal or "always") if config.constrained else "none",
-                interval=config.orthogonal_interval,
-            )
+    # --- strength: one number for both halves, and LoRA's layers have it. PEFT's helpers know those alone:
+    # `rescale_adapter_scale` and others replace their `scaling`.
+
+    def follow(self, adapter_name: str, lora: LoraLayer) -> None:
+        """From now on an adapter's edits are as strong, relative to their configuration, as its LoRA in `lora`."""
+        self._leads = {**self._leads, adapter_name: (lora, float(lora.scaling[adapter_name]))}
+
+    def strength(self, adapter_name: str) -> float:
+        lora, configured = self._leads[adapter_name]
+        now = lora.scaling.get(adapter_name, configured)
+        return self.scaling[adapter_name] * (now / configured if configured else 1.0)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """LoRA's layers have it, as for the next two."""
+
+    def scale_layer(self, scale: float) -> None: ...
+
+    def unscale_layer(self, scale: float | None = None) -> None: ...
+
+    def build_edit(
+        self, config: SteerConfig, site: Site, constraint: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Intervention:
+        """As [`SteerLayer`]'s; with `constraint`, the arguments of [`JointLowRank`], one whose `W_down` knows the LoRA
+        that it must not read."""
+        if constraint is None:
+            return super().build_edit(config, site, **kwargs)
+        return JointLowRank.build(config, site.width, site.rank, **constraint, **kwargs)
 
 
 def plan_writers(
-    sites: dict[str, Block], config: JointSteerLoraConfig, is_targeted: Callable[[str], bool]
+    sites: Mapping[str, Site], config: JointSteerLoraConfig, is_targeted: Callable[[str], bool]
 ) -> dict[str, str]:
     """Names of the linear layers that end the steered blocks' MLPs and get LoRA, by the name of the steered module.
 
     Args:
-        sites: the blocks, by the name of the steered module.
+        sites: by the name of the steered module.
         config: the configuration of the adapter.
         is_targeted: whether LoRA will be put at the module of that name.
 
@@ -74,8 +105,8 @@ def plan_writers(
         ValueError: if `config.orthogonal` asks for a constraint and a block has no such layer.
     """
     writers, missing = {}, {}
-    for name, block in sites.items():
-        linear, reason = _mlp_output(block)
+    for name, site in sites.items():
+        linear, reason = _mlp_output(site.block)
         if linear is not None and is_targeted(linear):
             writers[name] = linear
         else:
@@ -99,7 +130,7 @@ def plan_writers(
 
 
 def _mlp_output(block: Block) -> tuple[str | None, str | None]:
-    """The name of the linear layer that ends the block's MLP, or the reason that there is none."""
+    """The name of the linear layer that ends the block's MLP, or why there is none."""
     try:
         name, module = site_module(block, "mlp")
     except ValueError as error:

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,24 +15,19 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
+from peft_steer.interventions import LowRank
 from peft_steer.registration import register
-from peft_steer.sites import hidden_size
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
 from ..steer import following
-from ..steer.injection import (
-    check_adapter_name,
-    check_shapes,
-    check_state_dict,
-    rank_of,
-    record_shape,
-    resolve_sites,
-)
-from ..steer.layer import CHILD, device_and_dtype, steered_layers
-from ..steer.model import Strength
+from ..steer.injection import check_adapter_name, check_state_dict, plan_injection
+from ..steer.layer import CHILD, steered_layers
+from ..steer.placement import device_and_dtype
 from ..steer.position_hooks import check_stacks, track, untrack
-from .config import JOINT_STEER_LORA, JointSteerLoraConfig, prefixed_errors
-from .layer import CONTAINER, JointSteerLayer, plan_writers
+from ..steer.strength import Strength
+from ..steer.wrapping import unwrapped_key
+from .config import JOINT_STEER_LORA, JointSteerLoraConfig, of_steering_half
+from .layer import CONTAINER, JointPlan, JointSteerLayer, plan_writers
 from .projection import JointLowRank
 from .saving import project_for_saving
 
@@ -72,6 +68,8 @@ class JointSteerLoraModel(Strength, LoraModel):
 
     # --- injection: LoRA first, or PEFT would take the steering layers for an earlier adapter and not freeze the base
 
+    _plan: JointPlan  # of the adapter that `inject_adapter` puts in
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -89,11 +87,13 @@ class JointSteerLoraModel(Strength, LoraModel):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict and {key: x for key, x in state_dict.items() if MARKER not in key},
         )
-        sites = self._sites
-        if state_dict is not None:
-            sites = {name: sites[name] for name in sites if any(f"{name}{MARKER}." in key for key in state_dict)}
+        names = [
+            name
+            for name in self._plan.steering.sites
+            if state_dict is None or any(f"{name}{MARKER}." in key for key in state_dict)
+        ]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            self._inject_steering(adapter_name, config, sites)
+            self._inject_steering(adapter_name, config, names)
         self.set_halves(self._halves)
         track(model, config.steer_positions)
         following.TUNERS.add(self)
@@ -101,14 +101,13 @@ class JointSteerLoraModel(Strength, LoraModel):
     def _prepare_model(self, peft_config: JointSteerLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
         steer = peft_config.steer_config()
-        with prefixed_errors():
-            blocks, _ = resolve_sites(model, steer)
-            record_shape(model, steer, next(iter(blocks.values())))
-            check_shapes(model, steer, blocks)
-            check_stacks(model, steer.positions, blocks)
-        self._writers = plan_writers(blocks, peft_config, partial(self._is_targeted, peft_config))
+        with of_steering_half():
+            plan = plan_injection(model, steer)
+            check_stacks(model, steer.positions, plan.sites)
+        writers = plan_writers(plan.sites, peft_config, partial(self._is_targeted, peft_config))
+        where = {name: device_and_dtype(site.module, model) for name, site in plan.sites.items()}
+        self._plan = JointPlan(plan, writers, where)
         peft_config.steer_hidden_size, peft_config.steer_num_blocks = steer.hidden_size, steer.num_blocks
-        self._sites = {name: device_and_dtype(model.get_submodule(name), model) for name in blocks}
         keep_unpacked(model)
 
     def _is_targeted(self, config: JointSteerLoraConfig, name: str) -> bool:
@@ -117,17 +116,27 @@ class JointSteerLoraModel(Strength, LoraModel):
             config.target_modules = {name}
         return bool(self._check_target_module_exists(config, name))
 
-    def _inject_steering(self, adapter_name: str, config: JointSteerLoraConfig, sites: dict) -> None:
+    def _inject_steering(self, adapter_name: str, config: JointSteerLoraConfig, names: list[str]) -> None:
         steer = config.steer_config()
         active = self.active_adapters
-        for name, (device, dtype) in sites.items():
-            lora = self.model.get_submodule(self._writers[name]) if name in self._writers else None
-            target = self.model.get_submodule(name)
-            layer = getattr(target, CHILD, None)
+        lead = next(m for m in self.model.modules() if isinstance(m, LoraLayer) and adapter_name in m.scaling)
+        for name in names:
+            # LoRA may have put another module in its place.
+            site = replace(self._plan.steering.sites[name], module=self.model.get_submodule(name))
+            layer = getattr(site.module, CHILD, None)
             if layer is None:
-                layer = JointSteerLayer(target, hidden_size(self.model, name))
+                layer = JointSteerLayer(site)
                 layer.set_adapter(active)
-            layer.update_layer(adapter_name, config, rank_of(steer, name), device, dtype, lora)
+            constraint = None
+            if name in self._plan.writers and issubclass(steer.intervention, LowRank):
+                constraint = {
+                    "lora": self.model.get_submodule(self._plan.writers[name]),
+                    "adapter_name": adapter_name,
+                    "orthogonal": (config.orthogonal or "always") if config.constrained else "none",
+                    "interval": config.orthogonal_interval,
+                }
+            layer.update_layer(adapter_name, steer, site, *self._plan.where[name], constraint=constraint)
+            layer.follow(adapter_name, lead)
             trainable = adapter_name in active and not config.inference_mode
             layer.steer_edit[adapter_name].requires_grad_(trainable)
 
@@ -213,7 +222,7 @@ class JointSteerLoraModel(Strength, LoraModel):
     ) -> PeftModel:
         """Fold the LoRA half of adapters into the base model, and keep their steering half as plain adapters.
 
-        It is no in-place operation: use the model that is returned. Its `save_pretrained` saves the steering adapters;
+        It does not work in place: use the model that is returned. Its `save_pretrained` saves the steering adapters;
         the base that they belong to is what its `unload()` returns, with LoRA merged.
 
         Args:
@@ -227,11 +236,12 @@ class JointSteerLoraModel(Strength, LoraModel):
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         unknown = [name for name in names if name not in self.peft_config]
         if unknown or not names:
-            raise ValueError(f"`adapter_names={adapter_names!r}`: there are {list(self.peft_config)}, none other.")
+            raise ValueError(f"`adapter_names={adapter_names!r}`: there are {list(self.peft_config)} to merge.")
         configs = {name: self.peft_config[name] for name in names}
         edits = {key: m for key, m in self.model.named_modules() if isinstance(m, JointSteerLayer)}
         training = self.training
         self.set_halves("both")
+        strengths = {(key, name): m.strength(name) for key, m in edits.items() for name in names if m.edits(name)}
         base = self._merge_lora(edits, progressbar=progressbar, safe_merge=safe_merge, adapter_names=names)
 
         model = None
@@ -244,17 +254,17 @@ class JointSteerLoraModel(Strength, LoraModel):
                 model.add_adapter(name, steer)
         for key, layer in edits.items():
             for name in names:
-                if name in layer.steer_edit:
+                for part, edit in layer.edits(name).items():
                     target = base.get_submodule(key)
-                    _take_over(target.steer_edit[name], layer.steer_edit[name])
-                    target.scaling[name] = layer.scaling[name]
+                    _take_over(target.edits(name)[part], edit)
+                    target.scaling[name] = strengths[key, name]
         model.base_model.set_adapter(names)
         return model.train(training)
 
     def _merge_lora(self, edits: dict[str, JointSteerLayer], adapter_names: list[str], **kwargs) -> nn.Module:
         for layer in edits.values():
-            for name in adapter_names:
-                if name in layer.steer_edit and isinstance(edit := layer.steer_edit[name], JointLowRank) and edit.acts:
+            for edit in (edit for name in adapter_names for edit in layer.edits(name).values()):
+                if isinstance(edit, JointLowRank) and edit.acts:
                     edit.project_()
             layer.detach()
         return self._unload_and_optionally_merge(merge=True, adapter_names=adapter_names, **kwargs)
@@ -280,6 +290,7 @@ class JointSteerLoraModel(Strength, LoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = {unwrapped_key(key): x for key, x in state_dict.items()}
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict, MARKER)
         return state_dict

@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed import get_world_size, is_available, is_initialized
 from torch.distributed.tensor import DTensor
 
-from .layer import CONTAINER, JointSteerLayer
+from .layer import JointSteerLayer
 from .projection import JointLowRank, projected
 
 
@@ -53,12 +53,12 @@ def _edits(model: nn.Module, adapter_name: str) -> dict[str, JointLowRank]:
     known = {adapter for layer in layers.values() for adapter in layer.steer_edit}
     if adapter_name not in known:
         raise ValueError(f"`adapter_name={adapter_name!r}`: the model has the joint adapters {sorted(known)}.")
-    edits = {
-        name.rpartition(".")[0].removeprefix("base_model.model."): layer.steer_edit[adapter_name]
+    return {
+        ".".join(filter(None, [name.rpartition(".")[0].removeprefix("base_model.model."), part])): edit
         for name, layer in layers.items()
-        if adapter_name in layer.steer_edit
+        for part, edit in layer.edits(adapter_name).items()
+        if isinstance(edit, JointLowRank)
     }
-    return {name: edit for name, edit in edits.items() if isinstance(edit, JointLowRank)}
 
 
 def project_for_saving(
@@ -69,15 +69,12 @@ def project_for_saving(
     several_processes = is_available() and is_initialized() and get_world_size() > 1
     names = {id(m): name for name, m in model.named_modules()}
     state_dict = dict(state_dict)
-    for layer in [m for m in model.modules() if isinstance(m, JointSteerLayer)]:
-        if adapter_name not in layer.steer_edit:
-            continue
-        edit = layer.steer_edit[adapter_name]
+    edits = [e for m in model.modules() if isinstance(m, JointSteerLayer) for e in m.edits(adapter_name).values()]
+    for edit in edits:
         if not isinstance(edit, JointLowRank) or not edit.acts:
             continue
-        lora, _ = edit._lora
-        W_name = _bare(f"{names[id(layer)]}.{CONTAINER}.{adapter_name}.W_down")
-        B_name = _bare(f"{names[id(lora)]}.lora_B.{adapter_name}.weight")
+        W_name = _bare(f"{names[id(edit)]}.W_down")
+        B_name = _bare(f"{names[id(edit.writer)]}.lora_B.{adapter_name}.weight")
         W, B = state_dict.get(W_name), state_dict.get(B_name)
         if W is None or B is None or W.is_meta or B.is_meta or isinstance(W, DTensor):
             continue  # a part of the state: of other adapters, of offloaded weights, of a sharded checkpoint

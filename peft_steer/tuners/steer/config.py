@@ -1,29 +1,37 @@
-"""`SteerConfig`, and the named methods that are presets of it."""
+"""`SteerConfig`: where, what and which tokens, and every contradiction between them."""
 
 import math
-from dataclasses import dataclass, field, fields
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import InitVar, dataclass, field, fields
+from typing import Any
 
 from peft.config import PeftConfig
 
-from peft_steer.interventions.low_rank import ACTIVATIONS
+from peft_steer.interventions import KINDS, Intervention
+from peft_steer.interventions.options import check_count
 from peft_steer.positions.spec import check_positions, split
 from peft_steer.registration import add_peft_type
 from peft_steer.sites import SITES
 
+from .files import check_same
 
-HEAD_KINDS = ("lofit", "jola")
-KINDS = ("vector", "linear", "nonlinear", "loreft", "noreft", "direft", "nodireft", *HEAD_KINDS)
-WITH_ACTIVATION = ("nonlinear", "noreft", "direft", "nodireft")
-_KINDS_HELP = ", ".join(map(repr, KINDS[:-1])) + f" or {KINDS[-1]!r}"
-_SITE_HELP = (
+
+KINDS_HELP = f"one of {', '.join(map(repr, KINDS))}"
+SITE_HELP = (
     "Where: 'block', 'mlp' or 'attention' (their outputs), or 'heads' (the input of the output projection); or a list."
 )
 STEER = add_peft_type("STEER")
 
 
-def _check_member(name: str, value, allowed) -> None:
-    if value not in allowed:
+def _check_member(name: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in list(allowed):
         raise ValueError(f"`{name}={value!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
+
+
+def _names(condition: Callable[[type[Intervention]], bool]) -> str:
+    """The kinds whose class meets the condition, for a message."""
+    return ", ".join(repr(name) for name, cls in KINDS.items() if condition(cls))
 
 
 @dataclass
@@ -56,10 +64,10 @@ class SteerConfig(PeftConfig):
             Factor of `dh`. It can be changed at inference: see [`SteerModel.set_scale`].
         positions (`str`):
             Which tokens are edited: `"all"`, `"last"` (the prompt's last), `"f7+l7"` (the prompt's first and last
-            seven; any numbers, or one of the two), `"prompt"` or `"completion"`. See `peft_steer/positions/spec.py`.
-        tie_weights (`bool`):
+            seven; any numbers, or one of the two), `"prompt"` or `"completion"`. See `positions/spec.py`.
+        share_weights (`bool`):
             Whether the prompt's first and last tokens share one edit. `False` gives each an edit of its own (with
-            `positions` such as `"f7+l7"`).
+            `positions` such as `"f7+l7"`). (Files of earlier versions call it `tie_weights`.)
         num_heads (`int`, *optional*):
             With `kind="lofit"`: how many heads are chosen, in all blocks together; by default a tenth of them.
         selection_step (`int`, *optional*):
@@ -87,8 +95,8 @@ class SteerConfig(PeftConfig):
             depth.
     """
 
-    site: str | list[str] = field(default="block", metadata={"help": _SITE_HELP})
-    kind: str = field(default="linear", metadata={"help": f"What: {_KINDS_HELP}."})
+    site: str | list[str] = field(default="block", metadata={"help": SITE_HELP})
+    kind: str = field(default="linear", metadata={"help": f"What: {KINDS_HELP}."})
     r: int = field(default=8, metadata={"help": "Rank of the edit."})
     activation: str | None = field(
         default=None,
@@ -101,7 +109,7 @@ class SteerConfig(PeftConfig):
     positions: str = field(
         default="all", metadata={"help": "Which tokens: 'all', 'last', 'f7+l7', 'prompt' or 'completion'."}
     )
-    tie_weights: bool = field(
+    share_weights: bool = field(
         default=True, metadata={"help": "Whether first and last tokens (positions='f7+l7') share one edit."}
     )
     num_heads: int | None = field(
@@ -139,10 +147,19 @@ class SteerConfig(PeftConfig):
     )
     hidden_size: int | None = field(default=None, metadata={"help": "Recorded: width of the model."})
     num_blocks: int | None = field(default=None, metadata={"help": "Recorded: number of blocks of the model."})
+    tie_weights: InitVar[bool | None] = None  # the old name of `share_weights`, in files
 
     @classmethod
-    def from_peft_type(cls, **kwargs):
+    def from_peft_type(cls, **kwargs: Any) -> Any:
         """As PEFT's, but on a preset it returns the preset's class: all presets share one PEFT type."""
+        unknown = kwargs.keys() - {"tie_weights", *(f.name for f in fields(cls))}
+        if unknown and kwargs.get("peft_type") == STEER:  # PEFT's own warning would name the type's class
+            warnings.warn(
+                f"{cls.__name__} has no fields {sorted(unknown)}: they are ignored. The file was probably saved "
+                "by a newer version of peft-steer, which may load it otherwise.",
+                stacklevel=2,
+            )
+            kwargs = {name: value for name, value in kwargs.items() if name not in unknown}
         config = super().from_peft_type(**kwargs)
         if isinstance(config, cls) or not isinstance(config, SteerConfig):
             return config
@@ -153,43 +170,103 @@ class SteerConfig(PeftConfig):
         """`site` as a list."""
         return [self.site] if isinstance(self.site, str) else list(self.site)
 
-    def __post_init__(self):
+    @property
+    def intervention(self) -> type[Intervention]:
+        """The class of the edits."""
+        return KINDS[self.kind]
+
+    def check_file(self, loaded: PeftConfig, adapter_name: str, path: str) -> None:
+        """Raise `ValueError` if `loaded`, the configuration of a file, is not that of this adapter."""
+        bookkeeping = {"init_weights", "modules_to_save", *(f.name for f in fields(PeftConfig))}
+        names = [f.name for f in fields(SteerConfig) if f.name not in bookkeeping]
+        check_same(self, loaded, names, adapter_name, path)
+
+    def __post_init__(self, tie_weights: bool | None) -> None:
+        from_file = self.peft_type is not None
         super().__post_init__()
         self.peft_type = STEER
         # Those of a file. What an injection writes later describes its own model and binds no other.
         self._made_for = (self.hidden_size, self.num_blocks)
+        if tie_weights is not None:
+            if not from_file:
+                raise ValueError(
+                    f"`tie_weights={tie_weights!r}` is now `share_weights={tie_weights!r}`: elsewhere the old name "
+                    "means tied embeddings."
+                )
+            self.share_weights = tie_weights
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        self.rank_pattern = self.rank_pattern or {}
+        self._check_site()
+        _check_member("kind", self.kind, KINDS)
+        self._check_positions()
+        self._check_numbers()
+        self._check_kind()
+        self._check_blocks()
+
+    def _check_site(self) -> None:
         for site in self.sites:
             _check_member("site", site, SITES)
         if not self.sites or len(set(self.sites)) < len(self.sites):
             raise ValueError(f"`site={self.site!r}` must name at least one place, and each only once.")
-        _check_member("kind", self.kind, KINDS)
+
+    def _check_positions(self) -> None:
         check_positions(self.positions)
-        if not self.tie_weights and len(split(self.positions)) < 2:
+        if not self.share_weights and len(split(self.positions)) < 2:
             raise ValueError(
-                f"`tie_weights=False` contradicts `positions={self.positions!r}`: only first and last tokens "
+                f"`share_weights=False` contradicts `positions={self.positions!r}`: only first and last tokens "
                 "together, such as positions='f7+l7', can have edits of their own."
             )
-        if not self.tie_weights and self.kind in HEAD_KINDS:
+        if not self.share_weights and self.intervention.edits_heads:
             raise ValueError(
-                f"`tie_weights=False` contradicts `kind={self.kind!r}`, which chooses among one set of heads."
+                f"`share_weights=False` contradicts `kind={self.kind!r}`, which chooses among one set of heads."
             )
-        self.rank_pattern = self.rank_pattern or {}
+
+    def _check_numbers(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise ValueError(f"`scale={self.scale!r}` must be a finite number.")
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"`{name}={rank!r}` must be an integer of at least 1.")
-        self._check_activation()
-        self._check_heads()
-        if self.use_bias and self.kind != "linear":
+            check_count(name, rank)
+
+    def _check_kind(self) -> None:
+        """The fields that depend on the kind, as its class declares them."""
+        kind, cls = f"`kind={self.kind!r}`", self.intervention
+        if cls.edits_heads and self.sites != ["heads"]:
             raise ValueError(
-                f"`use_bias=True` contradicts `kind={self.kind!r}`: only kind='linear' has an optional bias."
+                f"`site={self.site!r}` contradicts {kind}, which edits attention heads. Set `site='heads'`."
             )
-        if self.kind in ("vector", *HEAD_KINDS) and self.rank_pattern:
-            raise ValueError(f"`rank_pattern` contradicts `kind={self.kind!r}`: vectors have no rank.")
+        self.activation = self.activation or cls.default_activation
+        if self.activation is not None:
+            if not cls.activations:
+                raise ValueError(
+                    f"`activation={self.activation!r}` contradicts {kind}: only the kinds "
+                    f"{_names(lambda c: bool(c.activations))} have one. Remove `activation` or choose one of them."
+                )
+            _check_member("activation", self.activation, cls.activations)
+        if self.use_bias and not cls.has_bias:
+            raise ValueError(
+                f"`use_bias=True` contradicts {kind}: only {_names(lambda c: c.has_bias)} has an optional bias."
+            )
+        if self.rank_pattern and not cls.has_rank:
+            raise ValueError(f"`rank_pattern` contradicts {kind}: it has no rank.")
+        self._check_options(kind)
+        cls.check_config(self)
+
+    def _check_options(self, kind: str) -> None:
+        for name in sorted({name for c in KINDS.values() for name in c.options}):
+            option, value = self.intervention.options.get(name), getattr(self, name)
+            if option is None:
+                if value is not None:
+                    owners = _names(lambda c, name=name: name in c.options)
+                    raise ValueError(f"`{name}={value!r}` contradicts {kind}: only kind={owners} has it.")
+                continue
+            if value is None:
+                setattr(self, name, option.default)
+            else:
+                option.check(name, value)
+
+    def _check_blocks(self) -> None:
         if self.target_modules == "all-linear":
             raise ValueError(
                 "`target_modules='all-linear'` names linears; steering targets blocks. Leave it unset for all."
@@ -200,93 +277,3 @@ class SteerConfig(PeftConfig):
             raise ValueError(
                 "`layers_pattern` needs `layers_to_transform`: it names the stack that the indices refer to."
             )
-
-    def _check_heads(self) -> None:
-        if self.kind in HEAD_KINDS and self.sites != ["heads"]:
-            raise ValueError(
-                f"`site={self.site!r}` contradicts `kind={self.kind!r}`, which edits attention heads. "
-                "Set `site='heads'`."
-            )
-        if self.kind != "lofit":
-            for name in ("num_heads", "selection_step", "l1_lambda"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"`{name}={getattr(self, name)!r}` contradicts `kind={self.kind!r}`: only kind='lofit' has it."
-                    )
-            return
-        self.selection_step = 100 if self.selection_step is None else self.selection_step
-        self.l1_lambda = 5e-4 if self.l1_lambda is None else self.l1_lambda
-        for name in ("num_heads", "selection_step"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}={value!r}` must be an integer of at least 1.")
-        value = self.l1_lambda
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"`l1_lambda={value!r}` must be a finite number of at least 0.")
-
-    def _check_activation(self) -> None:
-        if self.kind == "nonlinear":
-            self.activation = self.activation or "silu"
-        if self.activation is None:
-            return
-        if self.kind not in WITH_ACTIVATION:
-            raise ValueError(
-                f"`activation={self.activation!r}` contradicts `kind={self.kind!r}`: only the kinds "
-                f"{', '.join(map(repr, WITH_ACTIVATION))} have one. Remove `activation` or choose one of them."
-            )
-        _check_member("activation", self.activation, ACTIVATIONS)
-        if self.kind == "direft" and self.activation == "relu":
-            raise ValueError(
-                "`activation='relu'` contradicts `kind='direft'`: it starts at `f(0)`, where relu's gradient is zero, "
-                "and would never leave it. Choose another activation, or `kind='nodireft'`."
-            )
-
-
-@dataclass
-class PostBlockSteerConfig(SteerConfig):
-    """
-    [`SteerConfig`] with the paper's method as default: post-block steering, `dh = W_up silu(W_down h)` at rank 8 at
-    every block's output (arXiv 2603.00425). The paper found the linear kind better on 1B models, this one on 4B and
-    larger.
-    """
-
-    kind: str = field(default="nonlinear", metadata={"help": f"What: {_KINDS_HELP}."})
-
-
-@dataclass
-class LoreftConfig(SteerConfig):
-    """
-    [`SteerConfig`] with LoReFT as default (arXiv 2404.03592, equation 2), at the MLP's output as arXiv 2603.00425
-    states it, on every token. `site="block"` is where the method's authors apply it.
-    """
-
-    site: str | list[str] = field(default="mlp", metadata={"help": _SITE_HELP})
-    kind: str = field(default="loreft", metadata={"help": f"What: {_KINDS_HELP}."})
-
-
-@dataclass
-class LofitConfig(SteerConfig):
-    """
-    [`SteerConfig`] with LoFiT as default (arXiv 2406.01563): `z' = (1 + A) * z + v` for every attention head, on every
-    token. In the first `selection_step` optimizer steps `A` and `v` of all heads are trained, with
-    `l1_lambda * sum |A|` added to the loss; then the `num_heads` heads with the largest L2 norm of `A` are chosen,
-    `A` and `v` return to zero, and only the chosen heads' `v` are trained. Trainers stay as they are; the steps are
-    counted, the penalty added and the heads chosen around the optimizer's step (see `optimizer_hooks.py`), and are
-    saved with the adapter. (The authors train in two runs, in the first of which `v` is fixed at zero.)
-    """
-
-    site: str = field(default="heads", metadata={"help": _SITE_HELP})
-    kind: str = field(default="lofit", metadata={"help": f"What: {_KINDS_HELP}."})
-
-
-@dataclass
-class JolaConfig(SteerConfig):
-    """
-    [`SteerConfig`] with JoLA as default (arXiv 2502.01179): `z' = (1 + g2 * A) * z + g1 * v` for every attention head,
-    on every token, with hard-concrete gates `g1`, `g2` of each head and a penalty on their being open. The constants
-    are the paper's (see `jola.py`). Trainers stay as they are: the penalty is added, and the steps of its
-    schedule are counted, around the optimizer's step (see `optimizer_hooks.py`).
-    """
-
-    site: str = field(default="heads", metadata={"help": _SITE_HELP})
-    kind: str = field(default="jola", metadata={"help": f"What: {_KINDS_HELP}."})

@@ -4,11 +4,21 @@ import torch
 from torch import nn
 
 
-class Folding:
-    """What a [`SteerLayer`] does when it is merged. `merging.py` says where that is exact."""
+class Folding(nn.Module):
+    """What a [`SteerLayer`] does when it is merged. `merging.py` says where that is exact.
+
+    The linear layer's own weight and bias are kept as buffers, so that they are copied, moved and cast with the model;
+    no file has them.
+    """
 
     merged_adapters: list[str]
-    _merge_backup: tuple | None  # the linear layer, its own weight and its own bias
+    scaling: dict[str, float]
+    at_input: bool
+    steer_edit: nn.ModuleDict
+    own_weight: torch.Tensor
+    own_bias: torch.Tensor | None
+    _trained: bool
+    _merged_into: tuple[nn.Module, ...] = ()  # the linear layer, in a tuple: not a submodule
 
     def merge_into(self, linear: nn.Module, adapter_names: list[str]) -> None:
         """Fold affine edits of `linear`'s output into it: `y + s (M y + v)` with `y = W x + b` is
@@ -19,8 +29,11 @@ class Folding:
                 width `d`.
             adapter_names: adapters of this layer whose `affine()` is not None.
         """
-        original = self._merge_backup[1:] if self._merge_backup else (linear.weight, linear.bias)
-        weight, bias = original
+        if not self._merged_into:
+            self.register_buffer("own_weight", linear.weight.detach(), persistent=False)
+            self.register_buffer("own_bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+            self._merged_into, self._trained = (linear,), linear.weight.requires_grad
+        weight, bias = self.own_weight, self.own_bias
         transposed = not isinstance(linear, nn.Linear)
         W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         W = W.t() if transposed else W
@@ -34,7 +47,6 @@ class Folding:
             if v is not None:
                 new_b += self.scaling[name] * (W @ v if self.at_input else v)
                 has_bias = True
-        self._merge_backup = (linear, *original)
         linear.weight = nn.Parameter(
             (new_W.t() if transposed else new_W).contiguous().to(weight.dtype), requires_grad=False
         )
@@ -45,17 +57,20 @@ class Folding:
     @property
     def merged_linear(self) -> nn.Module | None:
         """The linear layer that holds merged edits, if any."""
-        return self._merge_backup[0] if self._merge_backup else None
+        return self._merged_into[0] if self._merged_into else None
 
     @property
     def merge_added_bias(self) -> bool:
         """Whether merging gave a bias to a linear layer that has none."""
-        return self._merge_backup is not None and self._merge_backup[2] is None and self.merged_linear.bias is not None
+        linear = self.merged_linear
+        return linear is not None and self.own_bias is None and linear.bias is not None
 
     def unmerge(self) -> None:
         """Give the linear layer its own weight and bias back, bit for bit."""
-        if self._merge_backup is not None:
-            linear, weight, bias = self._merge_backup
-            linear.weight, linear.bias = weight, bias
-        self._merge_backup = None
+        linear = self.merged_linear
+        if linear is not None:
+            linear.weight = nn.Parameter(self.own_weight, requires_grad=self._trained)
+            linear.bias = None if self.own_bias is None else nn.Parameter(self.own_bias, requires_grad=self._trained)
+            del self.own_weight, self.own_bias
+        self._merged_into = ()
         self.merged_adapters = []

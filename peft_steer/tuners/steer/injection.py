@@ -1,81 +1,89 @@
 """Where a configuration puts its layers in a given model, and what is checked before they are put there."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
 import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_steer.sites import Block, head_shape, hidden_size, select_blocks, site_module
+from peft_steer.interventions.optimizer_hooks import Group
+from peft_steer.sites import Site, find_sites, hidden_size, select_blocks
 
-from .config import HEAD_KINDS, SteerConfig
+from .config import SteerConfig
 from .layer import CHILD, INPUT_CHILD
 
 
-def resolve_sites(model: nn.Module, config: SteerConfig) -> tuple[dict[str, Block], set[str]]:
-    """The modules to steer, by qualified name, each with its block; and the names of those that were excluded."""
+@dataclass(frozen=True)
+class Plan:
+    """Where one adapter is put.
 
-    def sites(exclude_modules):
-        blocks = select_blocks(
-            model, config.target_modules, exclude_modules, config.layers_to_transform, config.layers_pattern
-        )
-        found = {}
-        for block in blocks:
-            for site in config.sites:
-                name = site_module(block, site)[0]
-                if name in found:
-                    raise ValueError(
-                        f"`site={config.site!r}` names two places at the module {name!r}; use an adapter for each."
-                    )
-                found[name] = block
-        return found
+    Attributes:
+        sites: By the name of the edited module.
+        excluded: The names of those that `exclude_modules` leaves out.
+        group: Stands for the adapter, to the edits that are trained together.
+    """
 
-    chosen = sites(config.exclude_modules)
-    excluded = set(sites(None)) - set(chosen) if config.exclude_modules else set()
-    return chosen, excluded
+    sites: Mapping[str, Site]
+    excluded: frozenset[str] = frozenset()
+    group: Group = field(default_factory=Group)
 
 
-def site_at(config: SteerConfig, name: str, block: Block) -> str:
-    """Which of the configuration's sites is at the module `name` of `block`."""
-    return next(site for site in config.sites if site_module(block, site)[0] == name)
+def resolve_sites(model: nn.Module, config: SteerConfig) -> dict[str, Site]:
+    """The sites that a configuration asks for, by the name of the edited module.
+
+    Raises:
+        ValueError: if a block or a site that it names cannot be found.
+    """
+    return _sites(model, config, config.exclude_modules)
 
 
-def rank_of(config: SteerConfig, name: str) -> int:
-    """Rank of the edit at module `name`."""
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+def plan_injection(model: nn.Module, config: SteerConfig) -> Plan:
+    """Where the adapter goes; writes the model's width and depth into `config`.
+
+    Raises:
+        ValueError: if the configuration does not fit the model.
+    """
+    sites = resolve_sites(model, config)
+    record_shape(model, config, next(iter(sites.values())))
+    check_shapes(config, sites)
+    excluded = _sites(model, config, None).keys() - sites.keys() if config.exclude_modules else ()
+    return Plan(sites, frozenset(excluded))
 
 
-def place(model: nn.Module, config: SteerConfig, name: str, block: Block) -> tuple[str, int, int | None]:
-    """Of the place at module `name`: the name of the child there, the width of what is edited, and at the attention's
-    heads their width."""
-    if site_at(config, name, block) != "heads":
-        return CHILD, hidden_size(model, name), None
-    number, head_dim = head_shape(block)
-    return INPUT_CHILD, number * head_dim, head_dim
+def _sites(model: nn.Module, config: SteerConfig, exclude_modules: list[str] | str | None) -> dict[str, Site]:
+    blocks = select_blocks(
+        model, config.target_modules, exclude_modules, config.layers_to_transform, config.layers_pattern
+    )
+    pattern = config.rank_pattern
+    return {
+        name: replace(site, rank=pattern.get(get_pattern_key(pattern, name), config.r))
+        for name, site in find_sites(model, blocks, config.sites).items()
+    }
 
 
-def check_shapes(model: nn.Module, config: SteerConfig, sites: dict[str, Block]) -> None:
+def check_shapes(config: SteerConfig, sites: Mapping[str, Site]) -> None:
     """Raise `ValueError` if an edit's rank exceeds the width of what it edits, or there are too few heads."""
-    total = 0
-    for name, block in sites.items():
-        r, (_, width, head_dim) = rank_of(config, name), place(model, config, name, block)
-        total += width // (head_dim or width)
-        if config.kind not in ("vector", *HEAD_KINDS) and r > width:
-            what = "hidden size" if head_dim is None else "heads' joint width"
-            raise ValueError(f"`r={r}` at {name!r} is larger than the {what} {width}; choose a smaller rank.")
-    if config.num_heads is not None and config.num_heads > total:
-        raise ValueError(f"`num_heads={config.num_heads}` cannot be chosen: the targeted blocks have {total} heads.")
+    for name, site in sites.items():
+        if config.intervention.has_rank and site.rank > site.width:
+            what = "hidden size" if site.head_dim is None else "heads' joint width"
+            raise ValueError(
+                f"`r={site.rank}` at {name!r} is larger than the {what} {site.width}; choose a smaller rank."
+            )
+    config.intervention.check_heads(config, sum(site.num_heads for site in sites.values()))
 
 
-def record_shape(model: nn.Module, config: SteerConfig, block: Block) -> None:
+def record_shape(model: nn.Module, config: SteerConfig, site: Site) -> None:
     """Write the model's width and depth into `config`, or raise `ValueError` if `config` comes with an adapter for
     others."""
-    found = (hidden_size(model, block.name), len(model.get_submodule(block.stack)))
-    if config._made_for not in ((None, None), found):
+    shape = (hidden_size(model, site.block.name), len(model.get_submodule(site.block.stack)))
+    if config._made_for not in ((None, None), shape):
         raise ValueError(
             "The adapter was made for a model with hidden_size={} and num_blocks={}; ".format(*config._made_for)
-            + f"{type(model).__name__} has {found[0]} and {found[1]}. Load it onto its base model"
+            + f"{type(model).__name__} has {shape[0]} and {shape[1]}. Load it onto its base model"
             + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
         )
-    config.hidden_size, config.num_blocks = found
+    config.hidden_size, config.num_blocks = shape
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:

@@ -1,16 +1,20 @@
 """The interventions at one site, by adapter name: a child of the steered module, called by a hook on it."""
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_steer.interventions.base import Intervention
+from peft_steer.interventions import Intervention
 from peft_steer.interventions.optimizer_hooks import Group
 from peft_steer.positions.spec import Selection, split
+from peft_steer.sites import Site
 
-from .building import build_intervention, device_and_dtype
 from .config import SteerConfig
 from .folding import Folding
+from .placement import device_and_dtype
+from .strength import LayerStrength
 
 
 CHILD = "steering"  # must not contain the prefix `steer_`, or PEFT takes the container for a weight
@@ -42,31 +46,31 @@ def steer_input(module: nn.Module, args: tuple) -> tuple:
     return (getattr(module, INPUT_CHILD)(args[0]), *args[1:])
 
 
-class SteerLayer(Folding, nn.Module, BaseTunerLayer):
+class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
     """The edits of one module's output, or of its input.
 
     With several active adapters every edit reads the same unsteered `h`: `out = h + sum_i scale_i dh_i(h)`, whatever
     their order.
 
     Args:
-        module (`nn.Module`): the steered module; this layer becomes its child.
-        d (`int`): width of the hidden states.
-        head_dim (`int`, *optional*): if the input is edited, which are attention heads side by side: their width.
+        site ([`Site`]): where the edits are made; this layer becomes a child of the site's module.
     """
 
     adapter_layer_names = ("steer_edit",)
     other_param_names = ("scaling", "initial_scaling", "positions")
 
+    cast_input_dtype_enabled = True  # PEFT's switch (`disable_input_dtype_casting`); inputs are never cast here
+
     # Which tokens the present forward pass has; see `position_hooks.py`.
     selection: Selection | None = None
     # Of each edit in the last forward pass: its mask, the shape of its tokens, which rows they are (None: all), of how
-    # many.
+    # many. Masks are kept as they are, and counted when somebody asks.
     edited: list[tuple[torch.Tensor | bool, torch.Size, list[int] | None, int]]
 
-    def __init__(self, module: nn.Module, d: int, head_dim: int | None = None):
+    def __init__(self, site: Site):
         super().__init__()
-        self.head_dim = head_dim
-        self.in_features = self.out_features = d
+        self.at_input = site.place == "heads"
+        self.in_features = self.out_features = site.width
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())  # `steer_edit`
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
@@ -74,7 +78,10 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.row_adapters: list[str] | None = None  # an adapter for each row of the batch
         self.edited = []
-        self._merge_backup: tuple | None = None
+        self.attach(site.module)
+
+    def attach(self, module: nn.Module) -> None:
+        """Become a child of `module`, and steer it."""
         self._steered = (module,)  # in a tuple: the parent is not a submodule
         module.add_module(self.child, self)
         _layers_changed()
@@ -84,9 +91,9 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
             self._hook = module.register_forward_hook(steer_output, prepend=True)
 
     @property
-    def at_input(self) -> bool:
-        """Whether the module's input is edited, rather than its output."""
-        return self.head_dim is not None
+    def steered_module(self) -> nn.Module:
+        """The module whose output (at `site="heads"`: whose input) this layer edits."""
+        return self._steered[0]
 
     @property
     def child(self) -> str:
@@ -96,7 +103,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     def detach(self) -> None:
         """Remove this layer from the module that it steers."""
         self._hook.remove()
-        delattr(self._steered[0], self.child)
+        delattr(self.steered_module, self.child)
         _layers_changed()
 
     def __setstate__(self, state: dict) -> None:  # of a copy, or after unpickling
@@ -104,20 +111,32 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         _layers_changed()
 
     def update_layer(
-        self, adapter_name: str, config: SteerConfig, r: int, device, dtype, group: Group | None = None
+        self,
+        adapter_name: str,
+        config: SteerConfig,
+        site: Site,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Add the adapter `adapter_name`; `group` is that of the adapter's edits in the whole model."""
-        edits = [
-            build_intervention(
-                config, self.out_features, r, device=device, dtype=dtype, head_dim=self.head_dim, group=group
-            )
-            for _ in range(1 if config.tie_weights else 2)
-        ]
-        self.steer_edit[adapter_name] = (
-            edits[0] if config.tie_weights else nn.ModuleDict({"prefix": edits[0], "suffix": edits[1]})
-        )
+        """Add the adapter `adapter_name`; `kwargs` are those of [`build_edit`]."""
+        names = ("shared",) if config.share_weights else ("prefix", "suffix")
+        edits = {name: self.build_edit(config, site, device=device, dtype=dtype, **kwargs) for name in names}
+        self.steer_edit[adapter_name] = edits["shared"] if config.share_weights else nn.ModuleDict(edits)
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = config.scale
         self.positions[adapter_name] = config.positions
+
+    def build_edit(self, config: SteerConfig, site: Site, group: Group | None = None, **kwargs: Any) -> Intervention:
+        """One edit of an adapter; `group` stands for the adapter in the whole model."""
+        return config.intervention.build(config, site.width, site.rank, site.head_dim, group, **kwargs)
+
+    def edits(self, adapter_name: str) -> dict[str, Intervention]:
+        """The edits of an adapter by their names below it: one, named `""`, or one for the prompt's `"prefix"` and one
+        for its `"suffix"`; none if the adapter is not here."""
+        if adapter_name not in self.steer_edit:
+            return {}
+        edit = self.steer_edit[adapter_name]
+        return dict(edit.items()) if isinstance(edit, nn.ModuleDict) else {"": edit}
 
     def positions_in_use(self) -> set[str]:
         """The specifications other than `"all"` of the adapters that may act in the present forward pass."""
@@ -127,7 +146,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Steered hidden states, same shape `(..., d)` and dtype."""
-        if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint does not allow
+        if not torch.compiler.is_compiling():
             self.edited = []
         if self.disable_adapters or self.merged_adapters:
             return hidden_states
@@ -154,7 +173,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     def _steer(self, name: str, h: torch.Tensor, items: list[int] | None = None) -> torch.Tensor:
         """`h` steered by one adapter, where its positions are. `items`: those of the batch that `h` has, if not
         all."""
-        edit, scale, positions = self.steer_edit[name], self.scaling[name], self.positions[name]
+        edit, scale, positions = self.steer_edit[name], self.strength(name), self.positions[name]
         if not isinstance(edit, nn.ModuleDict):
             return self._edit_at(positions, edit, h, scale, items)
         for part, ends in zip(edit.values(), split(positions), strict=True):  # of different tokens
@@ -190,8 +209,8 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
         return flat.index_copy(0, rows, edit(flat.index_select(0, rows), scale)).view(h.shape)
 
     def _record(self, mask: torch.Tensor | bool, h: torch.Tensor, items: list[int] | None) -> None:
-        if not torch.compiler.is_compiling():
-            rows = len(h) if items is None else len(self.row_adapters)
+        if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint does not allow
+            rows = len(h) if items is None else len(self.row_adapters or ())
             self.edited.append((mask, h.shape[:-1], items, rows))
 
     @property
@@ -206,34 +225,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
             )
         return whole
 
-    # --- strength, named as in PEFT's LoRA layers
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the factor of `dh` to `scale` times the configured one."""
-        if adapter_name in self.scaling:
-            self.check_not_merged("set_scale")
-            self.scaling[adapter_name] = scale * self.initial_scaling[adapter_name]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the factor of every active adapter by `scale`."""
-        self.check_not_merged("scale_layer")
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the factor of every active adapter by `scale`, or return it to the configured one."""
-        self.check_not_merged("unscale_layer")
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
-
-    def check_not_merged(self, what: str) -> None:
-        """Raise `ValueError` if adapters are merged, which `what` would not reach."""
-        if self.merged_adapters:
-            raise ValueError(
-                f"`{what}` would not reach the merged adapters {self.merged_adapters}; unmerge them first."
-            )
+    # --- on and off
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -261,7 +253,7 @@ class SteerLayer(Folding, nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Called after loading with `low_cpu_mem_usage`: the weights keep the dtype of the file.
         if adapter_name in self.steer_edit:
-            self.steer_edit[adapter_name].to(device or device_and_dtype(*self._steered, *self._steered)[0])
+            self.steer_edit[adapter_name].to(device or device_and_dtype(self.steered_module, self.steered_module)[0])
 
 
 _layers_state = object()  # another one whenever a layer is made, copied, loaded or taken off
@@ -282,6 +274,17 @@ def steered_layers(model: nn.Module) -> list[SteerLayer]:
         layers = [module for module in model.modules() if isinstance(module, SteerLayer)]
         model._kept_layers = (_layers_state, layers)
     return layers
+
+
+def steered_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the adapters in `model` steer, by qualified name: their outputs are edited, or at
+    `site="heads"` their inputs.
+
+    Args:
+        model: any model, wrapped by PEFT or not.
+    """
+    names = {id(m): name for name, m in model.named_modules()}
+    return {names[id(layer.steered_module)]: layer.steered_module for layer in steered_layers(model)}
 
 
 def forget_layers(model: nn.Module) -> None:

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from types import MethodType
+from typing import NoReturn
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_steer.sites import Block, output_linear, site_module
+from peft_steer.sites import Site, output_linear, site_module
 
 from .config import SteerConfig
-from .injection import resolve_sites, site_at
+from .injection import resolve_sites
 from .layer import CHILD, SteerLayer
 
 
@@ -37,47 +38,49 @@ def plan_merge(
     if unknown:
         raise ValueError(f"There are no adapters {sorted(unknown)} to merge; there are {list(configs)}.")
     plan = []
-    blocks: dict[str, dict[str, Block]] = {}
+    sites: dict[str, dict[str, Site]] = {}
     tried: set[tuple] = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, SteerLayer):
             continue
-        site_name = name.rpartition(".")[0]
         names = [n for n in check_adapters_to_merge(layer, adapter_names) if n in layer.steer_edit]
         if not names:
             continue
         for adapter in names:
-            if adapter not in blocks:
-                blocks[adapter] = resolve_sites(model, configs[adapter])[0]
-            linear = _linear_for(model, configs[adapter], site_name, blocks[adapter][site_name], tried)
+            if adapter not in sites:
+                sites[adapter] = resolve_sites(model, configs[adapter])
+            linear = _linear_for(
+                model, configs[adapter], sites[adapter][name.rpartition(".")[0]], layer, adapter, tried
+            )
         plan.append((layer, linear, names))
     _check_one_edit_per_linear(model, plan)
     return plan
 
 
-def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Block, tried: set[tuple]) -> nn.Module:
-    def refuse(reason: str):
+def _linear_for(
+    model: nn.Module, config: SteerConfig, site: Site, layer: SteerLayer, adapter_name: str, tried: set[tuple]
+) -> nn.Module:
+    def refuse(reason: str) -> NoReturn:
         raise ValueError(
-            f"The adapter at {site_name!r} (site={site!r}, kind={config.kind!r}) cannot be merged: {reason}. "
+            f"The adapter at {site.name!r} (site={site.place!r}, kind={config.kind!r}) cannot be merged: {reason}. "
             "Keep it unmerged: `PeftModel.from_pretrained` runs it at nearly the base model's speed, and `unload()` "
             "removes it."
         )
 
-    site = site_at(config, site_name, block)
     if config.positions != "all":
         refuse(f"`positions={config.positions!r}` edits some tokens, a weight all of them")
-    if config.activation is not None:
-        refuse("a nonlinear edit equals no change of a weight")
-    if site == "block" and config.kind != "vector":
-        refuse("it reads the skip connection, which is no linear layer's output")
-    if site == "heads":
-        linear = model.get_submodule(site_name)
-        _check_plain(linear, refuse)
-        return linear
-    name, module = site_module(block, "mlp" if site == "block" else site)
+    affine = layer.steer_edit[adapter_name].affine()
+    if affine is None:
+        refuse("no change of a weight equals a nonlinear edit")
+    if site.place == "block" and affine[0] is not None:
+        refuse("it reads the skip connection, which no linear layer returns")
+    if site.place == "heads":
+        _check_plain(site.module, refuse)
+        return site.module
+    name, module = site_module(site.block, "mlp" if site.place == "block" else site.place)
     if "norm" in name.rpartition(".")[2].lower():
         refuse(f"the norm {name!r} stands between the last linear layer and the edit")
-    reader = getattr(module, CHILD, None) if site == "block" else None
+    reader = getattr(module, CHILD, None) if site.place == "block" else None
     if reader is not None and set(reader.active_adapters) & set(reader.steer_edit):
         refuse(f"the active adapters at {name!r} would read it as part of the MLP's output")
     inner = output_linear(module)
@@ -85,22 +88,22 @@ def _linear_for(model: nn.Module, config: SteerConfig, site_name: str, block: Bl
         refuse(f"no single linear layer returns the output of {name!r} ({type(module).__name__})")
     linear = module.get_submodule(inner)
     _check_plain(linear, refuse)
-    kind = (site, block.stack, type(block.module), type(module))  # blocks of one kind behave alike
-    if kind not in tried and not _arrives_unchanged(model, linear, model.get_submodule(site_name)):
+    alike = (site.place, site.block.stack, type(site.block.module), type(module))  # such blocks behave alike
+    if alike not in tried and not arrives_unchanged(model, linear, site.module):
         refuse(f"what {name!r} returns is normalized, scaled or otherwise changed before the place of the edit")
-    tried.add(kind)
+    tried.add(alike)
     return linear
 
 
-def _check_plain(linear: nn.Module, refuse: Callable[[str], None]) -> None:
+def _check_plain(linear: nn.Module, refuse: Callable[[str], NoReturn]) -> None:
     plain = isinstance(linear, (nn.Linear, Conv1D)) and type(linear.weight) is nn.Parameter
     if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
         refuse(f"the weight of {type(linear).__name__} is quantized, sharded, offloaded or adapted by another method")
 
 
 @torch.no_grad()
-def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) -> bool:
-    """Whether something added to `linear`'s output appears in `steered`'s output as it is: tried, on the model's
+def arrives_unchanged(model: nn.Module, source: nn.Module, steered: nn.Module) -> bool:
+    """Whether something added to `source`'s output appears in `steered`'s output as it is: tried, on the model's
     dummy input, since no attribute tells a block that normalizes after the sum (BERT, BART) from one that does not."""
     if not hasattr(model, "dummy_inputs"):
         raise ValueError(
@@ -113,20 +116,18 @@ def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) 
         return output if added is None else output + added
 
     def record(module, args, output):
-        outputs.append((output[0] if isinstance(output, tuple) else output).double())
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     modes = {module: module.training for module in model.modules()}
     layers = [m for m in modes if isinstance(m, SteerLayer) and not m.disable_adapters]
-    handles = [linear.register_forward_hook(add), steered.register_forward_hook(record)]
+    handles = [source.register_forward_hook(add), steered.register_forward_hook(record)]
     try:
         model.eval()
         for layer in layers:
             layer._disable_adapters = True
-        dummy = {name: x.to(linear.weight.device) for name, x in model.dummy_inputs.items()}
+        dummy = {name: x.to(next(source.parameters()).device) for name, x in model.dummy_inputs.items()}
         model(**dummy)
-        added = outputs[0].std().to(linear.weight.dtype) * torch.linspace(-1, 1, outputs[0].shape[-1]).to(
-            linear.weight
-        )
+        added = outputs[0].std() * torch.linspace(-1, 1, outputs[0].shape[-1]).to(outputs[0])
         model(**dummy)
     finally:
         for handle in handles:
@@ -135,8 +136,8 @@ def _arrives_unchanged(model: nn.Module, linear: nn.Module, steered: nn.Module) 
             layer._disable_adapters = False
         for module, mode in modes.items():
             module.training = mode
-    moved = outputs[1] - outputs[0]
-    tolerance = 1e-3 if linear.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    moved = outputs[1].double() - outputs[0].double()
+    tolerance = 1e-3 if outputs[0].dtype in (torch.float32, torch.float64) else 5e-2
     return bool((moved - added).norm() < tolerance * moved.norm())
 
 

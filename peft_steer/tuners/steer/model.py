@@ -3,66 +3,35 @@
 import re
 from contextlib import contextmanager
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_steer.interventions.lofit import warn_before_choice
-from peft_steer.interventions.optimizer_hooks import Group
 from peft_steer.registration import register
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
 from . import following
+from .combining import add_up, config_of_sum
 from .config import STEER, SteerConfig
 from .injection import (
+    Plan,
     check_adapter_name,
-    check_shapes,
     check_state_dict,
-    place,
-    rank_of,
-    record_shape,
+    plan_injection,
     resolve_sites,
 )
-from .layer import CHILD, INPUT_CHILD, SteerLayer, device_and_dtype, steered_layers
+from .layer import CHILD, INPUT_CHILD, SteerLayer, steered_layers
 from .merging import plan_merge, refuse_added_biases, refuse_to_save
+from .placement import device_and_dtype
 from .position_hooks import check_stacks, track, untrack
+from .strength import Strength
+from .wrapping import unwrapped_key
 
 
 MARKER = f"{CHILD}.steer_edit"  # ends `INPUT_CHILD`'s as well
-
-
-class Strength:
-    """How strong adapters act, on a whole model; for a `BaseTuner` whose layers have methods of the same names."""
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the strength of an adapter to `scale` times the configured one: `h + scale * config.scale * dh`."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {list(self.peft_config)}.")
-        for layer in self._scalable_layers("set_scale"):
-            layer.set_scale(adapter_name, scale)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the strength of the active adapters by `scale`."""
-        for layer in self._scalable_layers("scale_layer"):
-            layer.scale_layer(scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the strength of the active adapters by `scale`, or return it to the configured one."""
-        for layer in self._scalable_layers("unscale_layer"):
-            layer.unscale_layer(scale)
-
-    def _tuner_layers(self) -> list:
-        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
-
-    def _scalable_layers(self, what: str) -> list:
-        layers = self._tuner_layers()
-        for layer in layers:  # all of them, before the first is changed
-            if isinstance(layer, SteerLayer):
-                layer.check_not_merged(what)
-        return layers
 
 
 class SteerModel(Strength, BaseTuner):
@@ -98,6 +67,8 @@ class SteerModel(Strength, BaseTuner):
 
     # --- injection
 
+    _plan: Plan  # of the adapter that `inject_adapter` puts in: PEFT calls its parts one by one
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -109,7 +80,7 @@ class SteerModel(Strength, BaseTuner):
         check_adapter_name(model, adapter_name)
         if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
             child = rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})"
-            state_dict = {re.sub(child, ".", key): x for key, x in state_dict.items()}
+            state_dict = {re.sub(child, ".", unwrapped_key(key)): x for key, x in state_dict.items()}
             self._check_sites_of(state_dict, model, adapter_name)
         super().inject_adapter(
             model,
@@ -124,7 +95,7 @@ class SteerModel(Strength, BaseTuner):
     def _check_sites_of(self, state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict if f".{self.prefix}" in key}
-        wrong = names - set(resolve_sites(model, config)[0])
+        wrong = names - resolve_sites(model, config).keys()
         if wrong:
             raise ValueError(
                 f"The state dict has weights for {min(wrong)!r}, which the configuration does not steer "
@@ -135,23 +106,20 @@ class SteerModel(Strength, BaseTuner):
         return peft_config  # the blocks are found in the model, not in a table of model types
 
     def _prepare_model(self, peft_config: SteerConfig, model: nn.Module) -> None:
-        self._sites, self._excluded = resolve_sites(model, peft_config)
-        record_shape(model, peft_config, next(iter(self._sites.values())))
-        check_shapes(model, peft_config, self._sites)
-        check_stacks(model, peft_config.positions, self._sites)
-        self._group = Group()
+        self._plan = plan_injection(model, peft_config)
+        check_stacks(model, peft_config.positions, self._plan.sites)
         keep_unpacked(model)
 
     def _check_target_module_exists(self, peft_config: SteerConfig, key: str):
-        return key in self._sites or (_ExcludedModule() if key in self._excluded else False)
+        return key in self._plan.sites or (_ExcludedModule() if key in self._plan.excluded else False)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
-        child, width, head_dim = place(self.model, peft_config, current_key, self._sites[current_key])
-        layer = getattr(target, child, None)
+        site = self._plan.sites[current_key]
+        layer = getattr(target, INPUT_CHILD if site.place == "heads" else CHILD, None)
         if layer is None:
-            layer = SteerLayer(target, width, head_dim)
+            layer = SteerLayer(site)
         device, dtype = device_and_dtype(target, self.model)
-        layer.update_layer(adapter_name, peft_config, rank_of(peft_config, current_key), device, dtype, self._group)
+        layer.update_layer(adapter_name, peft_config, site, device, dtype, group=self._plan.group)
 
     def _tuner_layers(self) -> list[SteerLayer]:
         return steered_layers(self.model)
@@ -199,6 +167,24 @@ class SteerModel(Strength, BaseTuner):
                 handle.remove()
 
     # --- merging and unloading
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any
+    ) -> None:
+        """Add an adapter that does what the weighted sum of others does: of fixed vectors, at the same sites.
+
+        Args:
+            adapters: their names.
+            weights: a factor for each; the strength that each has now counts too.
+            adapter_name: the name of the new one.
+
+        Raises:
+            ValueError: if no adapter of their kind equals the sum; says what to do instead.
+        """
+        config = config_of_sum(self, adapters, weights, adapter_name, options)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        add_up(self._tuner_layers(), adapters, weights, adapter_name)
 
     def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
         plan_merge(self.model, self.peft_config, adapter_names)
@@ -272,7 +258,8 @@ class SteerModel(Strength, BaseTuner):
         # By our own marker and not by the names of modules, which PEFT 0.21 gets wrong below a checkpoint wrapper
         # (FSDP's `fsdp_activation_checkpointing`): it then saves an empty file.
         adapter = {key: x for key, x in state_dict.items() if f"{MARKER}.{adapter_name}." in key}
-        return warn_before_choice(config, adapter)
+        config.intervention.before_saving(config, adapter)
+        return adapter
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -282,7 +269,9 @@ class SteerModel(Strength, BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        state_dict = {key.replace(f"{MARKER}.", f"{MARKER}.{adapter_name}."): x for key, x in state_dict.items()}
+        state_dict = {
+            unwrapped_key(key).replace(f"{MARKER}.", f"{MARKER}.{adapter_name}."): x for key, x in state_dict.items()
+        }
         check_state_dict(model, adapter_name, state_dict, MARKER)
         return state_dict
 

@@ -68,7 +68,7 @@ def refused(base: str, asked: object, **engine: object) -> str:
     arguments = EngineArgs(
         model=base, skip_tokenizer_init=True, max_model_len=64, additional_config={"peft_steer": asked}, **engine
     )
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r".") as error:
         arguments.create_engine_config()
     return str(error.value)
 

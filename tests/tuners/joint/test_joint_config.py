@@ -58,15 +58,15 @@ def test_settings_of_lora_keep_working():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"steer_r": 0}, "`steer_r=0` must be an integer of at least 1"),
-        ({"steer_kind": "cubic"}, "`steer_kind='cubic'` is unknown"),
-        ({"steer_site": "head"}, "`steer_site='head'` is unknown; choose one of 'block', 'mlp', 'attention'"),
+        ({"steer_r": 0}, "`r=0` must be an integer of at least 1"),
+        ({"steer_kind": "cubic"}, "`kind='cubic'` is unknown"),
+        ({"steer_site": "head"}, "`site='head'` is unknown; choose one of 'block', 'mlp', 'attention'"),
         (
             {"steer_kind": "linear", "steer_activation": "silu"},
-            "`steer_activation='silu'` contradicts `steer_kind='linear'`",
+            "`activation='silu'` contradicts `kind='linear'`",
         ),
-        ({"steer_rank_pattern": {"x": 0}}, r"`steer_rank_pattern\['x'\]=0`"),
-        ({"steer_layers_pattern": "h"}, "`steer_layers_pattern` needs `steer_layers_to_transform`"),
+        ({"steer_rank_pattern": {"x": 0}}, r"`rank_pattern\['x'\]=0`"),
+        ({"steer_layers_pattern": "h"}, "`layers_pattern` needs `layers_to_transform`"),
         (
             {"orthogonal": "sometimes"},
             "`orthogonal='sometimes'` is unknown; choose one of 'always', 'periodic', 'none'",
@@ -95,8 +95,8 @@ def test_bad_config(config, message):
         ("gemma2", {}, "no single linear layer returns the output of 'model.layers.0.post_feedforward_layernorm'"),
         ("mixtral", {}, "no single linear layer returns the output of"),
         ("qwen3_moe", {}, "no single linear layer returns the output of"),
-        ("llama", {"steer_layers_to_transform": [7]}, r"`steer_layers_to_transform` asks for \[7\]"),
-        ("llama", {"steer_r": 40}, "`steer_r=40` at 'model.layers.0' is larger than the hidden size 32"),
+        ("llama", {"steer_layers_to_transform": [7]}, r"`layers_to_transform` asks for \[7\]"),
+        ("llama", {"steer_r": 40}, "`r=40` at 'model.layers.0' is larger than the hidden size 32"),
     ],
 )
 def test_bad_injection(architecture, config, message):

@@ -13,7 +13,12 @@ from tiny import BASES, adapter_state, inputs, make
 from transformers import Trainer
 from trl import SFTConfig
 
-from peft_steer import JointOptimizer, JointSteerLoraConfig, joint_optimizer, project_
+from peft_steer import JointOptimizer, JointSteerLoraConfig, project_
+
+
+def made_as_in(args, model, *rates, **named_rates):
+    factory, kwargs = JointOptimizer.as_in(args, model, *rates, **named_rates)
+    return factory()(model, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def test_learning_rates(tmp_path, checkpoint, how):
     if how == "optimizers":
         model = get_peft_model(load(checkpoint), config_for("always"))
         args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, weight_decay=0.1)
-        optimizer = joint_optimizer(model, args, lora_lr=0.0, steer_lr=0.02)
+        optimizer = made_as_in(args, model, lora_lr=0.0, steer_lr=0.02)
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
         run = sft_trainer(model, checkpoint, tmp_path, trainer_options={"optimizers": (optimizer, None)})
     else:
@@ -109,12 +114,12 @@ def test_learning_rates(tmp_path, checkpoint, how):
 def test_learning_rates_need_both_halves(tmp_path, monkeypatch):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match="The steering half has no parameters"):
-        joint_optimizer(get_peft_model(make(), LoraConfig(target_modules="all-linear")), args, 1e-3, 1e-3)
+        made_as_in(args, get_peft_model(make(), LoraConfig(target_modules="all-linear")), 1e-3, 1e-3)
     # As transformers describes GaLore's and LOMO's, whose packages are not among ours.
     taken = (torch.optim.AdamW, {"lr": 1e-3, "params": []})
     monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *_: taken)
     with pytest.raises(ValueError, match="makes its own groups of parameters"):
-        joint_optimizer(joint(), args, 1e-3, 1e-3)
+        made_as_in(args, joint(), 1e-3, 1e-3)
 
 
 @pytest.fixture(scope="module")

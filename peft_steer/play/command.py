@@ -1,0 +1,15 @@
+"""What `peft-steer play` does: loads a session and serves its page."""
+
+import argparse
+
+from peft_steer.utils.hub import find_model
+
+from .page import launch
+from .session import load
+
+
+def play(args: argparse.Namespace) -> None:
+    """Runs the command; see `peft_steer/commands/play.py` for the arguments. Returns when it is interrupted."""
+    bits = 4 if args.load_in_4bit else 8 if args.load_in_8bit else None
+    session = load(args.model, find_model(args.model).path, args.adapters, args.dtype, bits)
+    launch(session, args.host, args.port)

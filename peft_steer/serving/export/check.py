@@ -1,0 +1,61 @@
+"""Whether what was written gives the adapter's log-probabilities, beside what a missing edit would give."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+
+TOKENS = 64
+# Of the edit's own effect. Half precision rounds weights and sums elsewhere than the adapter does.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.1}
+_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest differences of log-probabilities, over all tokens and continuations.
+
+    Attributes:
+        error: Of what was written from the adapter.
+        effect: Of the base from the adapter.
+        dtype: What the model computes in.
+    """
+
+    error: float
+    effect: float
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return (
+            f"it differs from the adapter by {self.error:.1e} (the largest difference of log-probabilities), the base "
+            f"by {self.effect:.1e}"
+        )
+
+    def check(self) -> None:
+        """Raises `ValueError` if the error is more than rounding."""
+        if self.error > max(_ROUNDING[self.dtype], _TOLERANCE[self.dtype] * self.effect):
+            raise ValueError(f"what was written is not the adapter: {self}. Nothing is kept; please report this")
+
+
+def compare(written: nn.Module, expected: torch.Tensor, base: torch.Tensor) -> Comparison:
+    """Compares a model that has loaded what was written with the log-probabilities of the adapter and of the base."""
+    error, effect = ((x - expected).abs().max().item() for x in (log_probs(written), base))
+    return Comparison(error, effect, written.dtype)
+
+
+@torch.no_grad()
+def log_probs(model: nn.Module) -> torch.Tensor:
+    """Of every token after every one of some random ones, `(1, tokens, vocabulary)`, as float32 or better."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.get_text_config().vocab_size
+    ids = torch.randint(size, (1, TOKENS), generator=generator).to(next(model.parameters()).device)
+    logits = model(input_ids=ids).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def without_adapter(model: PeftModel) -> torch.Tensor:
+    """The same, of the base."""
+    with model.disable_adapter():
+        return log_probs(model)

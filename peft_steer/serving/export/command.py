@@ -1,0 +1,110 @@
+"""What `peft-steer export` does: loads, writes, compares, and only then gives what it wrote its name."""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import peft_steer  # noqa: F401  (registers the tuner types)
+from peft_steer.utils.hub import find_model
+
+from .check import compare, log_probs, without_adapter
+from .gguf_vector import export_gguf_vector, how_to_run
+from .lora import CONTROL_VECTOR, export_lora
+from .merged import export_merged
+
+
+def export(args: argparse.Namespace) -> None:
+    """Runs the command; see `peft_steer/commands/export.py` for the arguments.
+
+    Raises:
+        ValueError, OSError: If the adapter cannot be exported, or what was written differs from it.
+    """
+    config = PeftConfig.from_pretrained(args.adapter)
+    name = args.base or config.base_model_name_or_path
+    if not name:
+        raise ValueError("--base: the adapter does not name its base model")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"the adapter has task_type={config.task_type!r}, and engines serve language models")
+    base = find_model(name).path
+    try:
+        AutoConfig.from_pretrained(base)
+    except OSError as error:
+        raise OSError(f"--base: {name!r} cannot be loaded: {error}") from error
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}.") as folder:
+        partial = Path(folder) / args.output.name
+        {"gguf-vector": _vector, "lora": _lora, "merged": _merged}[args.format](args, config, base, partial)
+        shutil.move(partial, args.output)
+    print(f"Written to {args.output}.")
+    if args.format == "gguf-vector":
+        print(how_to_run(args.output))
+
+
+def load(args: argparse.Namespace, base: str, weights: bool = True) -> PeftModel:
+    """The adapter on its base; without `weights`, on one that has shapes alone."""
+    if weights:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    adapted = PeftModel.from_pretrained(model, args.adapter, low_cpu_mem_usage=not weights).eval()
+    if args.scale is not None:
+        if not hasattr(adapted.base_model, "set_scale"):
+            raise ValueError(f"--scale: {args.adapter} is no steering adapter")
+        adapted.base_model.set_scale("default", args.scale)
+    return adapted
+
+
+def _vector(args: argparse.Namespace, config: PeftConfig, base: str, path: Path) -> None:
+    at_mlp = "mlp" in getattr(config, "sites", ())  # whether that is the block's output is tried with the weights
+    model = load(args, base, weights=at_mlp)
+    vectors = export_gguf_vector(model, path, drop_block_0=args.drop_block_0, architecture=args.architecture)
+    norms = [v.norm().item() for v in vectors.values()]
+    print(f"Blocks: {_ranges(vectors)}. Norms: {min(norms):.3g} to {max(norms):.3g}. Read back: equal.")
+
+
+def _lora(args: argparse.Namespace, config: PeftConfig, base: str, folder: Path) -> None:
+    model = load(args, base)
+    expected, plain = log_probs(model), without_adapter(model)
+    export_lora(model, folder, constants=args.constants, drop_block_0=args.drop_block_0)
+    lora = PeftModel.from_pretrained(model.unload(), folder).eval()
+    found = compare(lora, expected, plain)
+    vectors = folder / CONTROL_VECTOR
+    print(f"Loaded by PEFT, {found}.")
+    if args.constants == "drop":
+        print("The constants are left out: this is another model than the adapter, and nothing says how good it is.")
+    elif vectors.is_file():
+        print(f"The rest is in {CONTROL_VECTOR}; serve both: --lora FILE, and")
+        print(how_to_run(args.output / CONTROL_VECTOR))
+    else:
+        found.check()
+    rank = lora.peft_config["default"].r
+    print(
+        f"Rank {rank} (vLLM: --max-lora-rank of at least that). It holds products with the base's weights as loaded "
+        f"here: an engine that serves them quantized edits by these, as every LoRA does."
+    )
+
+
+def _merged(args: argparse.Namespace, config: PeftConfig, base: str, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = load(args, base)
+    expected, plain = log_probs(model), without_adapter(model)
+    export_merged(model, folder)
+    del model
+    tokenizer.save_pretrained(folder)
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).eval()
+    found = compare(loaded, expected, plain)
+    print(f"Loaded by transformers, {found}.")
+    found.check()
+
+
+def _ranges(blocks) -> str:
+    blocks = sorted(blocks)
+    whole = blocks == list(range(blocks[0], blocks[-1] + 1)) and len(blocks) > 1
+    return f"{blocks[0]} to {blocks[-1]}" if whole else ", ".join(map(str, blocks))

@@ -1,0 +1,62 @@
+"""What `peft-steer import` does: looks at the file, reads it, saves an adapter."""
+
+import argparse
+from pathlib import Path
+
+from peft_steer.serving.export.gguf_vector import read_control_vector
+from peft_steer.utils.hub import find_model
+
+from .adapter import make_adapter
+from .foreign import Foreign, vectors
+from .pyreft import is_pyreft, read_pyreft
+from .tensors import SUFFIXES, read_tensors
+
+
+def import_adapter(args: argparse.Namespace) -> None:
+    """Runs the command; see `peft_steer/commands/import_.py` for the arguments.
+
+    Raises:
+        ValueError, OSError: If the file is none that can be imported, or is of another model.
+    """
+    foreign = read(args.source, args)
+    model = make_adapter(find_model(args.base).path, foreign, args.scale)
+    model.peft_config["default"].base_model_name_or_path = args.base
+    model.save_pretrained(args.output)
+    print(f"{args.output}: kind={foreign.kind!r}, site={foreign.site!r}, blocks {sorted(foreign.states)}.")
+    if foreign.kind == "vector":
+        norms = [state["v"].norm().item() for state in foreign.states.values()]
+        print(
+            f"The vectors' norms are {min(norms):.3g} to {max(norms):.3g}. The strength is up to you: "
+            "set it with --scale, or with `model.base_model.set_scale`."
+        )
+
+
+def read(source: Path, args: argparse.Namespace) -> Foreign:
+    """What the file or folder says, and the flags that say the rest.
+
+    Raises:
+        ValueError: If it is of no known kind, or a flag contradicts it.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"there is no file or folder {str(source)!r}")
+    if source.is_dir():
+        if not is_pyreft(source):
+            raise ValueError(
+                f"{source}: a folder, but none of pyreft's. (A folder that PEFT saved needs no import; of a folder of "
+                "vectors, name one file.)"
+            )
+        _refuse(args, ("site", "layers"), "a folder of pyreft's says it itself")
+        return read_pyreft(source, args.positions, args.activation)
+    _refuse(args, ("positions", "activation"), "it is for folders of pyreft's; vectors are added to every token")
+    if source.suffix == ".gguf":
+        _refuse(args, ("site", "layers"), "a control vector says it itself")
+        return vectors(read_control_vector(source))
+    if source.suffix in SUFFIXES:
+        return read_tensors(source, args.site, args.layers)
+    raise ValueError(f"{source}: the ending is none of .gguf, {', '.join(SUFFIXES)}")
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: {why}")

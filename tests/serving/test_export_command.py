@@ -1,0 +1,92 @@
+"""`peft-steer export` from the command line: what it writes, compares and refuses."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import randomize
+from transformers import AutoModelForCausalLM
+
+from peft_steer import SteerConfig
+from peft_steer.commands.export import main
+
+
+@pytest.fixture
+def adapter(tiny_llama, tmp_path):
+    """Makes the folder of a random adapter of `tiny_llama`."""
+
+    def make(**config):
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        model = get_peft_model(base, SteerConfig(task_type="CAUSAL_LM", **config))
+        randomize(model, std=0.3)
+        model.save_pretrained(tmp_path / "adapter")
+        return str(tmp_path / "adapter")
+
+    return make
+
+
+def log_probs(model):
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("form", ["lora", "merged"])
+def test_written_and_compared(form, adapter, tiny_llama, tmp_path, capsys):
+    folder = adapter(kind="linear", site="mlp", r=4)
+    assert main([folder, "--format", form, "-o", str(tmp_path / "out"), "--scale", "0.5"]) == 0
+    assert "it differs from the adapter by" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    expected = PeftModel.from_pretrained(base, folder)
+    expected.base_model.set_scale("default", 0.5)
+    steered = log_probs(expected)
+    unsteered = log_probs(expected.unload())
+    if form == "lora":
+        written = PeftModel.from_pretrained(base, tmp_path / "out")
+    else:
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert (tmp_path / "out" / "tokenizer.json").is_file()
+    torch.testing.assert_close(log_probs(written), steered, atol=1e-4, rtol=0)
+    assert (unsteered - steered).abs().max() > 0.1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_vector_prints_how_to_serve_it(adapter, tmp_path, capsys):
+    folder = adapter(kind="vector", layers_to_transform=[1])
+    assert main([folder, "--format", "gguf-vector", "-o", str(tmp_path / "v.gguf")]) == 0
+    out = capsys.readouterr().out
+    assert f"--control-vector-scaled {tmp_path / 'v.gguf'}:1.0" in out
+    assert "Blocks: 1. Norms:" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "merged", "--constants", "bias"], "--constants is for --format lora, not merged"),
+        (["--format", "lora", "--architecture", "llama"], "--architecture is for --format gguf-vector, not lora"),
+        (["--format", "lora", "--drop-block-0"], "--drop-block-0 needs --constants vector"),
+        (["--format", "gguf-vector"], "kind='linear'"),
+        (["--format", "lora", "--base", "no/such-model"], "--base: 'no/such-model' cannot be loaded"),
+    ],
+)
+def test_refused(flags, message, adapter, tmp_path, capsys):
+    folder = adapter(kind="linear", site="mlp", r=4)
+    assert main([folder, *flags, "-o", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(adapter, tmp_path, capsys):
+    folder = adapter(kind="linear", site="mlp", r=4)
+    assert main([folder, "--format", "lora", "-o", folder]) == 2
+    assert "exists; name another" in capsys.readouterr().err
+
+
+def test_a_wrong_file_is_not_kept(adapter, tmp_path, capsys, monkeypatch):
+    from peft_steer.serving.export import lora
+
+    pair_of = lora.pair_of
+    monkeypatch.setattr(lora, "pair_of", lambda edit, linear: pair_of(edit, linear)._replace(c=torch.zeros(32)))
+    folder = adapter(kind="loreft", site="mlp", r=4)
+    assert main([folder, "--format", "lora", "-o", str(tmp_path / "out")]) == 2
+    assert "is not the adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
