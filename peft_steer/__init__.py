@@ -5,6 +5,7 @@ Importing this package registers its tuner types with PEFT.
 
 from importlib.metadata import version
 
+from peft_steer.positions.marks import MarkCompletions
 from peft_steer.tuners.joint import (
     JointOptimizer,
     JointSteerLoraConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "JolaConfig",
     "LofitConfig",
     "LoreftConfig",
+    "MarkCompletions",
     "PostBlockSteerConfig",
     "SteerConfig",
     "SteerModel",

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from peft_steer import joint_optimizer_cls_and_kwargs
+from peft_steer import MarkCompletions, joint_optimizer_cls_and_kwargs, needs_prompts
 from peft_steer.evaluation import tasks
 from peft_steer.utils.hub import Source, find_model
 
@@ -175,6 +175,8 @@ def _make(
     patience = arguments.task.early_stopping_patience
     callbacks = None if patience is None else [EarlyStoppingCallback(patience)]
     trainer = trainer_cls(args=training, callbacks=callbacks, **model, **prepared)
+    if training.label_smoothing_factor and needs_prompts(trainer.model):
+        trainer.data_collator = MarkCompletions(trainer.data_collator)
     for config in getattr(trainer.model, "peft_config", {}).values():  # the whole model has none
         if not Path(model_args.model_name_or_path).exists():
             config.base_model_name_or_path = model_args.model_name_or_path  # the hub id, not where it lies here
