@@ -16,6 +16,7 @@ from peft_steer.tuners.joint import (
     project_,
 )
 from peft_steer.tuners.steer.config import JolaConfig, LofitConfig, LoreftConfig, PostBlockSteerConfig, SteerConfig
+from peft_steer.tuners.steer.counting import acting_parameters
 from peft_steer.tuners.steer.model import SteerModel
 from peft_steer.tuners.steer.position_hooks import needs_prompts, steered_positions
 
@@ -33,6 +34,7 @@ __all__ = [
     "PostBlockSteerConfig",
     "SteerConfig",
     "SteerModel",
+    "acting_parameters",
     "joint_optimizer",
     "joint_optimizer_cls_and_kwargs",
     "needs_prompts",

@@ -25,6 +25,10 @@ class Intervention(KeepsPrecision):
         """`h + scale * dh`, shape `(..., d)`, in the dtype of `h`."""
         return torch.add(h, self.delta(h), alpha=scale)
 
+    def acting_parameters(self) -> int:
+        """How many of the trained parameters have an effect."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
     def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
         """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or
         None if the edit is no affine function of `h`."""

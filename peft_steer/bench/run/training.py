@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_config
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_steer import joint_optimizer_cls_and_kwargs
+from peft_steer import acting_parameters, joint_optimizer_cls_and_kwargs
 
 from ..grid.plan import FULL, STEER_RATE, Cell, peft_fields
 from ..store import save_training
@@ -74,7 +74,7 @@ def train(
         costs["trainable"] = costs["parameters"] = trained.num_parameters()
         costs["adapter_bytes"] = sum(p.nbytes for p in trained.parameters())
         return trained, costs
-    costs["trainable"], costs["parameters"] = trained.get_nb_trainable_parameters()
+    costs["trainable"], costs["parameters"] = acting_parameters(trained), trained.get_nb_trainable_parameters()[1]
 
     def save(folder: Path) -> None:
         trained.save_pretrained(folder)

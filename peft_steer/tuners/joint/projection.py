@@ -155,13 +155,18 @@ class JointLowRank(LowRank, SteppedEdit):
     def W_read(self) -> torch.Tensor:
         if self.orthogonal == "always":
             return project(self.W_down, self.B)
-        if self.orthogonal == "periodic" and self.training:
+        if self.orthogonal != "periodic" or not self.acts:
+            return self.W_down
+        if self.training:
             _refuse_flat_parameter(self.W_down)
-        return self.W_down
+            return self.W_down
+        if torch.is_grad_enabled():  # what is evaluated is what would be saved
+            return project(self.W_down, self.B)
+        return projected(self.W_down, self.B)
 
     def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         W = self.W_read
-        if self.orthogonal == "always":
+        if W is not self.W_down:
             W = W.to(h.dtype)  # it is kept for backward: not in float32 beside a model in half precision
         return low_rank_edit(h, W, self.W_up, b=self.b, scale=scale, activation=self.activation)
 
