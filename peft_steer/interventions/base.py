@@ -9,13 +9,17 @@ no copy of `h` is made.
 import torch
 
 from .precision import KeepsPrecision
+from .prepared import Prepared, can_be_kept
 
 
 class Intervention(KeepsPrecision):
     """Base class: `delta(h)` is the equation; `forward` adds it to `h`.
 
-    Subclasses implement `delta`, `reset_parameters` and, where there is something to gain, `forward`.
+    Subclasses implement `delta`, `reset_parameters` and, where there is something to gain, `edit` for training, and
+    `prepare` and `infer` for inference.
     """
+
+    _prepared: Prepared | None = None
 
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         """`dh`, broadcastable to `h` of shape `(..., d)` and in its dtype."""
@@ -23,7 +27,47 @@ class Intervention(KeepsPrecision):
 
     def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """`h + scale * dh`, shape `(..., d)`, in the dtype of `h`."""
+        if torch.is_autocast_enabled(h.device.type):  # it would return another dtype than the base model expects
+            with torch.autocast(h.device.type, enabled=False):
+                return self.forward(h, scale)
+        sources = self.sources()
+        if torch.is_grad_enabled() and (h.requires_grad or any(x.requires_grad for x in sources)):
+            return self.edit(h, scale)
+        if self.training or not can_be_kept(h, sources):
+            return self.edit(h, scale)
+        key = (h.dtype, scale)
+        prepared = self._prepared
+        if prepared is None or not prepared.is_of(key, sources):
+            with torch.no_grad():
+                prepared = self._prepared = Prepared(key, sources, self.prepare(h.dtype, scale))
+        return self.infer(h, prepared.tensors, scale)
+
+    def edit(self, h: torch.Tensor, scale: float) -> torch.Tensor:
+        """What `forward` returns, made from the parameters; differentiable."""
         return torch.add(h, self.delta(h), alpha=scale)
+
+    def prepare(self, dtype: torch.dtype, scale: float) -> tuple[torch.Tensor | None, ...]:
+        """What `infer` needs, for hidden states of that dtype."""
+        return ()
+
+    def infer(self, h: torch.Tensor, prepared: tuple[torch.Tensor | None, ...], scale: float) -> torch.Tensor:
+        """What `forward` returns, made from what is prepared, in as few kernels as there are products."""
+        return self.edit(h, scale)
+
+    def sources(self) -> list[torch.Tensor]:
+        """The tensors that the edit is made of."""
+        return [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
+
+    def train(self, mode: bool = True):
+        self._prepared = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:  # for copies and files
+        return {name: x for name, x in self.__dict__.items() if name != "_prepared"}
 
     def acting_parameters(self) -> int:
         """How many of the trained parameters have an effect."""

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base import Intervention, at_least_float32
-from .low_rank import ACTIVATIONS, low_rank_edit
+from .low_rank import ACTIVATIONS, LowRankEdit
 
 
-class Loreft(Intervention):
+class Loreft(LowRankEdit):
     """`dh = R^T (W h + b - R h)` with orthonormal rows of `R` (LoReFT, arXiv 2404.03592, equation 2).
 
     `W`: `(r, d)`, `b`: `(r,)`, `R`: `(r, d)`. What is stored and trained for `R` is a matrix `V` of its shape, and
@@ -58,9 +58,9 @@ class Loreft(Intervention):
         R = self.R.to(h.dtype)
         return F.linear(F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype)) - F.linear(h, R), R.t())
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def factors(self, dtype):
         R = self.R
-        return low_rank_edit(h, self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
+        return self.W.to(R.dtype) - R, R.t(), self.b.to(R.dtype), None
 
     def affine(self):
         R = self.R
@@ -86,10 +86,9 @@ class Direft(Loreft):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return F.linear(_f(self, h, self.W), self.R.to(h.dtype).t())
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def factors(self, dtype):
         R = self.R
-        W, b = self.W.to(R.dtype), self.b.to(R.dtype)
-        return low_rank_edit(h, W, R.t(), c=b, scale=scale, activation=self.activation)
+        return self.W.to(R.dtype), R.t(), self.b.to(R.dtype), None
 
     def affine(self):
         if self.activation:
@@ -98,7 +97,7 @@ class Direft(Loreft):
         return R.t() @ self.W.to(R.dtype), R.t() @ self.b.to(R.dtype)
 
 
-class Nodireft(Intervention):
+class Nodireft(LowRankEdit):
     """`dh = W2^T f(W1 h + b)`: DiReFT without orthonormality, as its paper writes it.
 
     `W1`, `W2`: `(r, d)`, `b`: `(r,)`. At the start `W2 = 0`, `b = 0` and `W1` is Kaiming-uniform.
@@ -126,8 +125,8 @@ class Nodireft(Intervention):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return F.linear(_f(self, h, self.W1), self.W2.to(h.dtype).t())
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return low_rank_edit(h, self.W1, self.W2.t(), c=self.b, scale=scale, activation=self.activation)
+    def factors(self, dtype):
+        return self.W1, self.W2.t(), self.b, None
 
     def affine(self):
         if self.activation:
@@ -146,12 +145,28 @@ class Noreft(Nodireft):
         W2 = self.W2.to(h.dtype)
         return F.linear(_f(self, h, self.W1) - F.linear(h, W2), W2.t())
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def factors(self, dtype):
+        W2 = at_least_float32(self.W2)
+        return self.W1.to(W2.dtype) - W2, W2.t(), self.b.to(W2.dtype), None
+
+    def edit(self, h: torch.Tensor, scale: float) -> torch.Tensor:
         if self.activation is None:
-            W2 = at_least_float32(self.W2)
-            return low_rank_edit(h, self.W1.to(W2.dtype) - W2, W2.t(), c=self.b, scale=scale)
-        with torch.autocast(h.device.type, enabled=False):
-            return Intervention.forward(self, h, scale)
+            return super().edit(h, scale)
+        return Intervention.edit(self, h, scale)
+
+    def prepare(self, dtype, scale):
+        if self.activation is None:
+            return super().prepare(dtype, scale)
+        return self.W1.to(dtype), self.W2.to(dtype), self.b.to(dtype)
+
+    def infer(self, h, prepared, scale):
+        if self.activation is None:
+            return super().infer(h, prepared, scale)
+        W1, W2, b = prepared
+        rows = h.reshape(-1, h.shape[-1])
+        z = ACTIVATIONS[self.activation](torch.addmm(b, rows, W1.t()))
+        z = torch.addmm(z, rows, W2.t(), alpha=-1)
+        return torch.addmm(rows, z, W2, alpha=scale).view(h.shape)
 
     def affine(self):
         if self.activation:

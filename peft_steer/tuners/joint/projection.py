@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from peft_steer.interventions.low_rank import LowRank, low_rank_edit
+from peft_steer.interventions.low_rank import LowRank
 from peft_steer.interventions.optimizer_hooks import SteppedEdit, refuse_flat, whole
 
 
@@ -164,11 +164,14 @@ class JointLowRank(LowRank, SteppedEdit):
             return project(self.W_down, self.B)
         return projected(self.W_down, self.B)
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def factors(self, dtype):
         W = self.W_read
         if W is not self.W_down:
-            W = W.to(h.dtype)  # it is kept for backward: not in float32 beside a model in half precision
-        return low_rank_edit(h, W, self.W_up, b=self.b, scale=scale, activation=self.activation)
+            W = W.to(dtype)  # it is kept for backward: not in float32 beside a model in half precision
+        return W, self.W_up, None, self.b
+
+    def sources(self) -> list[torch.Tensor]:
+        return [*super().sources(), self.B] if self.acts else super().sources()
 
     def overlap(self) -> float:
         """Overlap of what is read with `lora_B`. Collective where the parameters are distributed."""
