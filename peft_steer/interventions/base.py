@@ -9,7 +9,7 @@ no copy of `h` is made.
 import torch
 
 from .precision import KeepsPrecision
-from .prepared import Prepared, can_be_kept
+from .prepared import Prepared, Tensors, can_be_kept
 
 
 class Intervention(KeepsPrecision):
@@ -46,11 +46,11 @@ class Intervention(KeepsPrecision):
         """What `forward` returns, made from the parameters; differentiable."""
         return torch.add(h, self.delta(h), alpha=scale)
 
-    def prepare(self, dtype: torch.dtype, scale: float) -> tuple[torch.Tensor | None, ...]:
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
         """What `infer` needs, for hidden states of that dtype."""
         return ()
 
-    def infer(self, h: torch.Tensor, prepared: tuple[torch.Tensor | None, ...], scale: float) -> torch.Tensor:
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
         """What `forward` returns, made from what is prepared, in as few kernels as there are products."""
         return self.edit(h, scale)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .optimizer_hooks import Group, SteppedEdit, refuse_flat
+from .prepared import Tensors
 
 
 class _EditHeads(torch.autograd.Function):
@@ -86,11 +87,11 @@ class HeadEdit(SteppedEdit):
             return _EditHeads.apply(h, a, v, scale)
         return _plain_edit(h, a, v, scale)
 
-    def prepare(self, dtype, scale):
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
         a, v = self.acting()
         return (1 + scale * a).flatten(), (scale * v).flatten()
 
-    def infer(self, h, prepared, scale):
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
         return _scaled_edit(h, *prepared)
 
     def affine(self):

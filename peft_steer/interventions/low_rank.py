@@ -8,8 +8,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .base import Intervention, at_least_float32
+from .prepared import Tensors
 
 
+# `W_down` (r, d), `W_up` (d, r), `c` (r,) and `b` (d,)
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
 
@@ -133,10 +136,10 @@ class FixedVector(Intervention):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return self.v.to(h.dtype)
 
-    def prepare(self, dtype, scale):
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
         return (self.v.to(dtype),)
 
-    def infer(self, h, prepared, scale):
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
         return torch.add(h, prepared[0], alpha=scale)
 
     def affine(self):
@@ -158,7 +161,7 @@ class LowRankEdit(Intervention):
         W_down, W_up, c, b = self.factors(h.dtype)
         return low_rank_edit(h, W_down, W_up, c=c, b=b, scale=scale, activation=self.activation)
 
-    def prepare(self, dtype, scale):
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
         W_down, W_up, c, b = _cast(dtype, *self.factors(dtype))
         if b is None:
             return W_down, W_up, c
@@ -170,7 +173,7 @@ class LowRankEdit(Intervention):
             torch.cat([c, torch.ones_like(c[:1])]),
         )
 
-    def infer(self, h, prepared, scale):
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
         W_down, W_up, c = prepared
         return _plain_edit(h, W_down, W_up, c, None, scale, self.activation)[0]
 
@@ -221,7 +224,7 @@ class LowRank(LowRankEdit):
             a = ACTIVATIONS[self.activation](a)
         return F.linear(a, self.W_up.to(h.dtype), None if self.b is None else self.b.to(h.dtype))
 
-    def factors(self, dtype):
+    def factors(self, dtype: torch.dtype) -> Factors:
         return self.W_read, self.W_up, None, self.b
 
     def affine(self):

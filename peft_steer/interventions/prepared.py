@@ -1,20 +1,34 @@
 """What inference needs of an edit's parameters (casts, differences, projections), prepared once and kept.
 
 It is kept until one of the tensors that it was made of changes, or the strength, the dtype or the mode. On a CPU a
-change is seen by comparing bytes, whoever made it. On other devices it is seen by torch's version counter and by the
-address of the data; a write through `parameter.data[...]` is not counted by torch, so call `model.eval()` after one.
+change is seen by comparing bytes, whoever made it. On other devices it is seen by torch's version counter, by the
+address of the data, and by counting optimizer steps, since fused optimizers do not move the version. A write into
+`parameter.data` in place moves none of them there: call `model.eval()` after one.
 """
 
 import ctypes
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+Tensors = tuple[torch.Tensor | None, ...]
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Prepared:
     """Tensors made of others, and what these were then."""
 
-    def __init__(self, key: tuple, sources: list[torch.Tensor], tensors: tuple[torch.Tensor | None, ...]):
+    def __init__(self, key: tuple, sources: list[torch.Tensor], tensors: Tensors):
         self.key = key
         as_they_are = [x is None or any(x is source for source in sources) for x in tensors]
         # Without their graph: a view would refer to the parameter, which `torch.utils.swap_tensors` does not allow.
@@ -35,9 +49,9 @@ class Prepared:
     def _stamp(self, x: torch.Tensor) -> tuple:
         if not self._derived:
             return x.data_ptr(), x.dtype
-        if x.device.type == "cpu":
+        if _bytes_are_near(x.device):
             return x.dtype, ctypes.string_at(x.data_ptr(), x.nbytes)
-        return x.data_ptr(), x.dtype, x._version
+        return x.data_ptr(), x.dtype, x._version, _optimizer_steps
 
 
 def can_be_kept(h: torch.Tensor, sources: list[torch.Tensor]) -> bool:
@@ -60,4 +74,8 @@ def can_be_kept(h: torch.Tensor, sources: list[torch.Tensor]) -> bool:
 def _has_a_state(x: torch.Tensor, device: torch.device) -> bool:
     if x.device != device:
         return False
-    return x.is_contiguous() if x.device.type == "cpu" else not x.is_inference()
+    return x.is_contiguous() if _bytes_are_near(x.device) else not x.is_inference()
+
+
+def _bytes_are_near(device: torch.device) -> bool:
+    return device.type == "cpu"

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base import Intervention, at_least_float32
-from .low_rank import ACTIVATIONS, LowRankEdit
+from .low_rank import ACTIVATIONS, Factors, LowRankEdit
+from .prepared import Tensors
 
 
 class Loreft(LowRankEdit):
@@ -58,7 +59,7 @@ class Loreft(LowRankEdit):
         R = self.R.to(h.dtype)
         return F.linear(F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype)) - F.linear(h, R), R.t())
 
-    def factors(self, dtype):
+    def factors(self, dtype: torch.dtype) -> Factors:
         R = self.R
         return self.W.to(R.dtype) - R, R.t(), self.b.to(R.dtype), None
 
@@ -86,7 +87,7 @@ class Direft(Loreft):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return F.linear(_f(self, h, self.W), self.R.to(h.dtype).t())
 
-    def factors(self, dtype):
+    def factors(self, dtype: torch.dtype) -> Factors:
         R = self.R
         return self.W.to(R.dtype), R.t(), self.b.to(R.dtype), None
 
@@ -125,7 +126,7 @@ class Nodireft(LowRankEdit):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return F.linear(_f(self, h, self.W1), self.W2.to(h.dtype).t())
 
-    def factors(self, dtype):
+    def factors(self, dtype: torch.dtype) -> Factors:
         return self.W1, self.W2.t(), self.b, None
 
     def affine(self):
@@ -145,7 +146,7 @@ class Noreft(Nodireft):
         W2 = self.W2.to(h.dtype)
         return F.linear(_f(self, h, self.W1) - F.linear(h, W2), W2.t())
 
-    def factors(self, dtype):
+    def factors(self, dtype: torch.dtype) -> Factors:
         W2 = at_least_float32(self.W2)
         return self.W1.to(W2.dtype) - W2, W2.t(), self.b.to(W2.dtype), None
 
@@ -154,12 +155,12 @@ class Noreft(Nodireft):
             return super().edit(h, scale)
         return Intervention.edit(self, h, scale)
 
-    def prepare(self, dtype, scale):
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
         if self.activation is None:
             return super().prepare(dtype, scale)
         return self.W1.to(dtype), self.W2.to(dtype), self.b.to(dtype)
 
-    def infer(self, h, prepared, scale):
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
         if self.activation is None:
             return super().infer(h, prepared, scale)
         W1, W2, b = prepared

@@ -11,6 +11,7 @@ from tiny import HEAD_KINDS, KINDS, adapted, inputs, make, randomize, reference_
 
 from peft_steer import SteerConfig
 from peft_steer.cost.kernels import CountKernels, kernels_of_a_token
+from peft_steer.interventions import prepared
 
 
 ALL = {**KINDS, **HEAD_KINDS, "noreft_silu": {"kind": "noreft", "activation": "silu"}}
@@ -170,11 +171,21 @@ def edit_width(edit):
     return 32
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+# what an accelerator cannot see, and what there is none of
+ON_A_CPU = [through_data, one_entry_through_data, through_numpy]
+
+
+@pytest.mark.parametrize(
+    ("way", "device"),
+    [(way, device) for device in ("cpu", "accelerator") for way in WAYS if device == "cpu" or way not in ON_A_CPU],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ALL)
-def test_a_change_is_seen_at_once(kind, dtype, way):
-    """The edit before and after is the equation of the parameters that it has then."""
+def test_a_change_is_seen_at_once(kind, dtype, way, device, monkeypatch):
+    """The edit before and after is the equation of the parameters that it has then; also where bytes are not
+    compared, as on an accelerator."""
+    monkeypatch.setattr(prepared, "_bytes_are_near", lambda _: device == "cpu")
     edit = edit_of(adapted(kind=ALL[kind]["kind"], **{k: v for k, v in ALL[kind].items() if k != "kind"}))
     edit.requires_grad_(False)
     h = torch.randn(3, 32, dtype=dtype)
@@ -191,6 +202,17 @@ def test_a_change_is_seen_at_once(kind, dtype, way):
         with torch.inference_mode():
             assert torch.equal(edit(h, 0.5), outs[-1])
     assert (outs[0].double() - outs[1].double()).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("way", [through_data, one_entry_through_data])
+def test_a_write_into_data_on_an_accelerator_needs_the_mode(way, monkeypatch):
+    monkeypatch.setattr(prepared, "_bytes_are_near", lambda _: False)
+    edit = edit_of(adapted(kind="loreft")).requires_grad_(False)
+    h = torch.randn(3, 32)
+    edit(h)
+    way(edit, other_values(edit))
+    edit.eval()
+    torch.testing.assert_close(edit(h).double(), h.double() + reference_delta(edit, h), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["linear", "loreft", "lofit", "linear_bias"])

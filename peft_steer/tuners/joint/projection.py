@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from peft_steer.interventions.low_rank import LowRank
+from peft_steer.interventions.low_rank import Factors, LowRank
 from peft_steer.interventions.optimizer_hooks import SteppedEdit, refuse_flat, whole
 
 
@@ -164,7 +164,7 @@ class JointLowRank(LowRank, SteppedEdit):
             return project(self.W_down, self.B)
         return projected(self.W_down, self.B)
 
-    def factors(self, dtype):
+    def factors(self, dtype: torch.dtype) -> Factors:
         W = self.W_read
         if W is not self.W_down:
             W = W.to(dtype)  # it is kept for backward: not in float32 beside a model in half precision
