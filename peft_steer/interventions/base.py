@@ -9,7 +9,7 @@ no copy of `h` is made.
 import torch
 
 from .precision import KeepsPrecision
-from .prepared import Prepared, Tensors, can_be_kept
+from .prepared import Prepared, Tensors, can_be_watched, reads_what_is_kept
 
 
 class Intervention(KeepsPrecision):
@@ -33,11 +33,13 @@ class Intervention(KeepsPrecision):
         sources = self.sources()
         if torch.is_grad_enabled() and (h.requires_grad or any(x.requires_grad for x in sources)):
             return self.edit(h, scale)
-        if self.training or not can_be_kept(h, sources):
+        if self.training or not reads_what_is_kept(h):
             return self.edit(h, scale)
-        key = (h.dtype, scale)
+        key = (h.dtype, h.device, scale)
         prepared = self._prepared
         if prepared is None or not prepared.is_of(key, sources):
+            if not all(can_be_watched(x, h.device) for x in sources):
+                return self.edit(h, scale)
             with torch.no_grad():
                 prepared = self._prepared = Prepared(key, sources, self.prepare(h.dtype, scale))
         return self.infer(h, prepared.tensors, scale)

@@ -41,10 +41,10 @@ class Prepared:
         """Whether nothing has changed."""
         if key != self.key or len(sources) != len(self._stamps):
             return False
-        return all(
-            x is before and self._stamp(x) == stamp
-            for x, (before, _, stamp) in zip(sources, self._stamps, strict=True)
-        )
+        for x, (before, _, stamp) in zip(sources, self._stamps, strict=True):
+            if x is not before or self._stamp(x) != stamp:
+                return False
+        return True
 
     def _stamp(self, x: torch.Tensor) -> tuple:
         if not self._derived:
@@ -54,8 +54,8 @@ class Prepared:
         return x.data_ptr(), x.dtype, x._version, _optimizer_steps
 
 
-def can_be_kept(h: torch.Tensor, sources: list[torch.Tensor]) -> bool:
-    """Whether changes of `sources` are seen in the present forward pass, on `h`.
+def reads_what_is_kept(h: torch.Tensor) -> bool:
+    """Whether the present forward pass, on `h`, may use what is kept.
 
     Not in a graph that is compiled or captured, which has to read the parameters themselves; and not where parameters
     are gathered anew for every pass, at the same address (FSDP, DeepSpeed).
@@ -66,15 +66,14 @@ def can_be_kept(h: torch.Tensor, sources: list[torch.Tensor]) -> bool:
         return False
     if h.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return all(type(x) in (nn.Parameter, torch.Tensor) and _has_a_state(x, h.device) for x in sources)
+    return torch._C._functorch.maybe_current_level() is None
 
 
-def _has_a_state(x: torch.Tensor, device: torch.device) -> bool:
-    if x.device != device:
+def can_be_watched(x: torch.Tensor, device: torch.device) -> bool:
+    """Whether every change of `x` is seen, which is used on `device`."""
+    if type(x) not in (nn.Parameter, torch.Tensor) or x.device != device:
         return False
-    return x.is_contiguous() if _bytes_are_near(x.device) else not x.is_inference()
+    return x.is_contiguous() if _bytes_are_near(device) else not x.is_inference()
 
 
 def _bytes_are_near(device: torch.device) -> bool:
