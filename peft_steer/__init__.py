@@ -5,6 +5,7 @@ Importing this package registers its tuner types with PEFT.
 
 from importlib.metadata import version
 
+from peft_steer.positions.marks import MarkCompletions
 from peft_steer.tuners.joint import (
     JointLowRank,
     JointOptimizer,
@@ -15,6 +16,7 @@ from peft_steer.tuners.joint import (
     project_,
 )
 from peft_steer.tuners.steer.config import SteerConfig
+from peft_steer.tuners.steer.counting import acting_parameters
 from peft_steer.tuners.steer.layer import SteerLayer, steered_modules
 from peft_steer.tuners.steer.model import SteerModel
 from peft_steer.tuners.steer.position_hooks import needs_prompts, steered_positions
@@ -32,10 +34,12 @@ __all__ = [
     "JolaConfig",
     "LofitConfig",
     "LoreftConfig",
+    "MarkCompletions",
     "PostBlockSteerConfig",
     "SteerConfig",
     "SteerLayer",
     "SteerModel",
+    "acting_parameters",
     "needs_prompts",
     "orthogonality",
     "project_",

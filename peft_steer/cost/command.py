@@ -5,9 +5,9 @@
     peft-steer cost --model recipes/cost/llama_8x1024 --random_weights
 
 "kept": bytes that a training forward keeps for backward. "floor": the same frozen model with a gradient down to block
-0's output, which any method that trains something in block 0 has to pay for. "decode": cached greedy generation,
-compared with the base. Times are medians (and quartiles) of ratios within a round; a round runs every method once, in
-random order.
+0's output, which any method that trains something in block 0 has to pay for. "kernels": how many more than the base's
+a block of a one-token forward pass runs, exact on every machine. "decode": cached greedy generation, compared with the
+base. Times are medians (and quartiles) of ratios within a round; a round runs every method once, in random order.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from peft_steer.utils.hub import find_model
 
 from ..cost import measure
 from .allocator import saved_bytes
+from .kernels import kernels_of_a_token
 from .methods import FLOOR, PRESETS, adapt, adapter_bytes, parse_method, share
 from .report import CHECKPOINTING, report
 
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:
     source = find_model(args.model)
-    rows: dict[str, dict[str, Any]] = {name: {"saved_bytes": {}} for name in ("base", "floor", *methods)}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"saved_bytes": {}, "kernels": {}} for name in ("base", "floor", *methods)
+    }
     for dtype in args.dtype:
         _measure_dtype(rows, _load(source.path, args, dtype), args, dtype)
     return {
@@ -78,7 +81,9 @@ def _measure_dtype(
         "labels": ids.clone(),
         "use_cache": False,
     }
+    plain, blocks = kernels_of_a_token(share(base)), base.config.get_text_config().num_hidden_layers
     for name, model in tqdm(models.items(), desc=f"Bytes, {dtype}", leave=False):
+        rows[name]["kernels"][dtype] = (kernels_of_a_token(model) - plain) / blocks
         for enabled, suffix in CHECKPOINTING.items():
             with measure.checkpointing(model, enabled):
                 rows[name]["saved_bytes"][dtype + suffix] = saved_bytes(model, batch)

@@ -22,6 +22,8 @@ def report(results: dict[str, Any]) -> str:
         }
         for setting, size in row["saved_bytes"].items():
             cells[f"kept, {setting}"] = f"{size / floor['saved_bytes'][setting]:.3f}"
+        for dtype, kernels in row["kernels"].items():
+            cells[f"kernels, {dtype}"] = f"+{kernels:.4g}"
         for reference in ("floor", "lora"):
             cells[f"step / {reference}"] = _ratios(row["step_seconds"], rows[reference]["step_seconds"])
         for reference in ("floor", "lora"):

@@ -14,6 +14,7 @@ import torch
 from .low_rank_form import LowRankForm
 from .options import Option
 from .precision import KeepsPrecision
+from .prepared import Prepared, Tensors, can_be_watched, reads_what_is_kept
 
 
 class EditConfig(Protocol):
@@ -28,8 +29,9 @@ class EditConfig(Protocol):
 class Intervention(KeepsPrecision):
     """Base class: `delta(h)` is the equation; `forward` adds it to `h`.
 
-    Subclasses implement `delta`, `reset_parameters` and, where there is something to gain, `forward`. What else is
-    particular to a kind it declares in the attributes below: configuration, injection and files ask the class.
+    Subclasses implement `delta`, `reset_parameters` and, where there is something to gain, `edit` for training, and
+    `prepare` and `infer` for inference. What else is particular to a kind it declares in the attributes below:
+    configuration, injection and files ask the class.
 
     Attributes:
         has_rank: Whether the edit has a rank `r`.
@@ -46,6 +48,7 @@ class Intervention(KeepsPrecision):
     has_bias: ClassVar[bool] = False
     edits_heads: ClassVar[bool] = False
     options: ClassVar[Mapping[str, Option]] = {}
+    _prepared: Prepared | None = None
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -93,7 +96,53 @@ class Intervention(KeepsPrecision):
 
     def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """`h + scale * dh`, shape `(..., d)`, in the dtype of `h`."""
+        if torch.is_autocast_enabled(h.device.type):  # it would return another dtype than the base model expects
+            with torch.autocast(h.device.type, enabled=False):
+                return self.forward(h, scale)
+        sources = self.sources()
+        if torch.is_grad_enabled() and (h.requires_grad or any(x.requires_grad for x in sources)):
+            return self.edit(h, scale)
+        if self.training or not reads_what_is_kept(h):
+            return self.edit(h, scale)
+        key = (h.dtype, h.device, scale)
+        prepared = self._prepared
+        if prepared is None or not prepared.is_of(key, sources):
+            if not all(can_be_watched(x, h.device) for x in sources):
+                return self.edit(h, scale)
+            with torch.no_grad():
+                prepared = self._prepared = Prepared(key, sources, self.prepare(h.dtype, scale))
+        return self.infer(h, prepared.tensors, scale)
+
+    def edit(self, h: torch.Tensor, scale: float) -> torch.Tensor:
+        """What `forward` returns, made from the parameters; differentiable."""
         return torch.add(h, self.delta(h), alpha=scale)
+
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
+        """What `infer` needs, for hidden states of that dtype."""
+        return ()
+
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
+        """What `forward` returns, made from what is prepared, in as few kernels as there are products."""
+        return self.edit(h, scale)
+
+    def sources(self) -> list[torch.Tensor]:
+        """The tensors that the edit is made of."""
+        return [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
+
+    def train(self, mode: bool = True):
+        self._prepared = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:  # for copies and files
+        return {name: x for name, x in self.__dict__.items() if name != "_prepared"}
+
+    def acting_parameters(self) -> int:
+        """How many of the trained parameters have an effect."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
         """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or

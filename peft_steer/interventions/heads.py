@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .optimizer_hooks import Group, SteppedEdit, refuse_flat
+from .prepared import Tensors
 
 
 class _EditHeads(torch.autograd.Function):
@@ -37,8 +38,15 @@ class _EditHeads(torch.autograd.Function):
 
 
 def _plain_edit(z: torch.Tensor, a: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    x = z.to(a.dtype)
-    return torch.add(x, torch.addcmul(v, a, x), alpha=scale).to(z.dtype)
+    return _scaled_edit(z, 1 + scale * a, scale * v)
+
+
+def _scaled_edit(z: torch.Tensor, factor: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
+    if z.dtype == factor.dtype:
+        return torch.addcmul(summand, factor, z)
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return torch.addcmul(summand, factor, z.to(factor.dtype)).to(z.dtype)
+    return torch.addcmul(summand, factor, z, out=torch.empty_like(z))  # rounded once, in one kernel
 
 
 class HeadEdit(SteppedEdit):
@@ -81,14 +89,20 @@ class HeadEdit(SteppedEdit):
         a, v = (x.flatten() for x in self.acting())
         return torch.addcmul(v, a, h.to(a.dtype)).to(h.dtype)
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def edit(self, h: torch.Tensor, scale: float) -> torch.Tensor:
         if self.training:
             refuse_flat("A", self.A)
-        with torch.autocast(h.device.type, enabled=False):
-            a, v = (x.flatten() for x in self.acting())
-            if torch.is_grad_enabled() and any(x.requires_grad for x in (h, a, v)):
-                return _EditHeads.apply(h, a, v, scale)
-            return _plain_edit(h, a, v, scale)
+        a, v = (x.flatten() for x in self.acting())
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (h, a, v)):
+            return _EditHeads.apply(h, a, v, scale)
+        return _plain_edit(h, a, v, scale)
+
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
+        a, v = self.acting()
+        return (1 + scale * a).flatten(), (scale * v).flatten()
+
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
+        return _scaled_edit(h, *prepared)
 
     def affine(self):
         training, self.training = self.training, False

@@ -56,6 +56,8 @@ class Jola(HeadEdit):
         super().__init__(num_heads, *args, device=device, dtype=dtype, **kwargs)
         self.log_g1 = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.log_g2 = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        # Never called. Whoever turns dropout off (TRL's `disable_dropout`) turns off the gates' randomness as well.
+        self.noise = nn.Dropout()
         self.reset_parameters(init_weights)
 
     def reset_parameters(self, init_weights: bool = True) -> None:
@@ -65,8 +67,10 @@ class Jola(HeadEdit):
             nn.init.uniform_(log_g, -bound, bound)
 
     def gates(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`g1` and `g2` of a forward pass, `(H,)`: random in training, the same ones always in evaluation."""
-        gate = training_gate if self.training else evaluation_gate
+        """`g1` and `g2` of a forward pass, `(H,)`: random in training, the same ones always in evaluation, and where
+        nothing is trained (a reference copy may be in training mode)."""
+        draws = self.training and self.noise.p > 0 and any(p.requires_grad for p in self.parameters())
+        gate = training_gate if draws else evaluation_gate
         return gate(at_least_float32(self.log_g1)), gate(at_least_float32(self.log_g2))
 
     def acting(self):

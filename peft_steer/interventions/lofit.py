@@ -16,10 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class Lofit(HeadEdit):
-    """LoFiT (arXiv 2406.01563). First `A` and `v` of all heads are trained, with `l1_lambda * sum |A|` added to the
-    loss. After `selection_step` optimizer steps the `num_heads` heads with the largest L2 norm of `A` are chosen, over
-    all layers; of equals, those in lower layers, with lower numbers. `A` and `v` return to zero, with what the
-    optimizer remembers of them, and from then on only the chosen heads' `v` are trained.
+    """LoFiT (arXiv 2406.01563), in the stages of its authors' code. First `A` of all heads is trained, `v` staying at
+    zero, with `l1_lambda * sum |A|` added to the loss. After `selection_step` optimizer steps the `num_heads` heads
+    with the largest L2 norm of `A` are chosen, over all layers; of equals, those in lower layers, with lower numbers.
+    `A` returns to zero, with what the optimizer remembers of both, and from then on only the chosen heads' `v` are
+    trained.
 
     The buffer `selected`, `(H,)`, says which heads may act. It is saved with the adapter, as the number of steps is.
 
@@ -73,7 +74,13 @@ class Lofit(HeadEdit):
         # By multiplication, not by a branch: every parameter has a gradient in both stages, which DDP insists on, and
         # the stage need not be read from the device.
         first = self.steps < self.selection_step
-        return at_least_float32(self.A) * first, at_least_float32(self.v) * self.selected[:, None]
+        v = at_least_float32(self.v) * self.selected[:, None]
+        return at_least_float32(self.A) * first, torch.where(first, v.detach(), v)
+
+    def acting_parameters(self) -> int:
+        if self.steps.item() < self.selection_step:
+            return self.A.numel()
+        return int(self.selected.sum()) * self.v.shape[1]
 
     @staticmethod
     def before_step(edits, update) -> None:

@@ -10,8 +10,11 @@ from transformers.activations import ACT2FN
 
 from .base import Intervention, at_least_float32
 from .low_rank_form import low_rank_form
+from .prepared import Tensors
 
 
+# `W_down` (r, d), `W_up` (d, r), `c` (r,) and `b` (d,)
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 ACTIVATIONS = {name: ACT2FN[name] for name in ("silu", "relu", "gelu", "tanh")}
 
 
@@ -32,13 +35,14 @@ def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tenso
 
 
 def _plain_edit(h, W_down, W_up, c, b, scale, activation):
-    """The edit, and the two tensors of width `r` that its derivative needs."""
-    z = F.linear(h, W_down, c)
+    """The edit, and the tensor of width `r` that its derivative needs."""
+    rows = h.reshape(-1, h.shape[-1])
+    z = torch.mm(rows, W_down.t()) if c is None else torch.addmm(c, rows, W_down.t())
     a = ACTIVATIONS[activation](z) if activation else z
-    out = F.linear(a, W_up, b)
-    if scale != 1:
-        out = out.mul_(scale)
-    return out.add_(h), z, a
+    out = torch.addmm(rows, a, W_up.t(), alpha=scale)
+    if b is not None:
+        out = out.add_(b, alpha=scale)
+    return out.view(h.shape), z.view(*h.shape[:-1], len(W_down))
 
 
 class _LowRankEdit(torch.autograd.Function):
@@ -52,7 +56,7 @@ class _LowRankEdit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, W_down, W_up, c, b, scale, activation):
-        out, z, _ = _plain_edit(h, *_cast(h.dtype, W_down, W_up, c, b), scale, activation)
+        out, z = _plain_edit(h, *_cast(h.dtype, W_down, W_up, c, b), scale, activation)
         ctx.save_for_backward(out, z, W_down, W_up, b)
         ctx.scale, ctx.activation = scale, activation
         return out
@@ -136,6 +140,12 @@ class FixedVector(Intervention):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return self.v.to(h.dtype)
 
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
+        return (self.v.to(dtype),)
+
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
+        return torch.add(h, prepared[0], alpha=scale)
+
     def affine(self):
         return None, at_least_float32(self.v)
 
@@ -144,7 +154,39 @@ class FixedVector(Intervention):
         return low_rank_form(self.v.new_empty(0, d), self.v.new_empty(d, 0), v=self.v, scale=scale)
 
 
-class LowRank(Intervention):
+class LowRankEdit(Intervention):
+    """Any edit `dh = W_up act(W_down h + c) + b`; a subclass says what these are."""
+
+    activation: str | None = None
+
+    def factors(
+        self, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`W_down`, `W_up`, `c` and `b`, of one dtype, for hidden states of the given one."""
+        raise NotImplementedError(f"{type(self).__name__} does not define factors(dtype).")
+
+    def edit(self, h: torch.Tensor, scale: float) -> torch.Tensor:
+        W_down, W_up, c, b = self.factors(h.dtype)
+        return low_rank_edit(h, W_down, W_up, c=c, b=b, scale=scale, activation=self.activation)
+
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
+        W_down, W_up, c, b = _cast(dtype, *self.factors(dtype))
+        if b is None:
+            return W_down, W_up, c
+        # `b` as a column of `W_up`, for a row of `W_down h + c` that is always 1: no kernel of its own
+        c = W_down.new_zeros(len(W_down)) if c is None else c
+        return (
+            torch.cat([W_down, torch.zeros_like(W_down[:1])]),
+            torch.cat([W_up, b[:, None]], dim=1),
+            torch.cat([c, torch.ones_like(c[:1])]),
+        )
+
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
+        W_down, W_up, c = prepared
+        return _plain_edit(h, W_down, W_up, c, None, scale, self.activation)[0]
+
+
+class LowRank(LowRankEdit):
     """`dh = W_up act(W_down h) + b`: linear without `activation`, nonlinear with one (paper, section 3).
 
     `W_down`: `(r, d)`, `W_up`: `(d, r)`, optional `b`: `(d,)`. At the start `W_up = 0`, `b = 0` and `W_down` is
@@ -194,8 +236,8 @@ class LowRank(Intervention):
             a = ACTIVATIONS[self.activation](a)
         return F.linear(a, self.W_up.to(h.dtype), None if self.b is None else self.b.to(h.dtype))
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return low_rank_edit(h, self.W_read, self.W_up, b=self.b, scale=scale, activation=self.activation)
+    def factors(self, dtype: torch.dtype) -> Factors:
+        return self.W_read, self.W_up, None, self.b
 
     def affine(self):
         if self.activation:

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base import Intervention, at_least_float32
-from .low_rank import ACTIVATIONS, low_rank_edit
+from .low_rank import ACTIVATIONS, Factors, LowRankEdit
 from .low_rank_form import low_rank_form
+from .prepared import Tensors
 
 
-class Loreft(Intervention):
+class Loreft(LowRankEdit):
     """`dh = R^T (W h + b - R h)` with orthonormal rows of `R` (LoReFT, arXiv 2404.03592, equation 2).
 
     `W`: `(r, d)`, `b`: `(r,)`, `R`: `(r, d)`. What is stored and trained for `R` is a matrix `V` of its shape, and
@@ -68,9 +69,9 @@ class Loreft(Intervention):
         R = self.R.to(h.dtype)
         return F.linear(F.linear(h, self.W.to(h.dtype), self.b.to(h.dtype)) - F.linear(h, R), R.t())
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def factors(self, dtype: torch.dtype) -> Factors:
         R = self.R
-        return low_rank_edit(h, self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
+        return self.W.to(R.dtype) - R, R.t(), self.b.to(R.dtype), None
 
     def affine(self):
         R = self.R
@@ -110,10 +111,9 @@ class Direft(Loreft):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return F.linear(_f(self, h, self.W), self.R.to(h.dtype).t())
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def factors(self, dtype: torch.dtype) -> Factors:
         R = self.R
-        W, b = self.W.to(R.dtype), self.b.to(R.dtype)
-        return low_rank_edit(h, W, R.t(), c=b, scale=scale, activation=self.activation)
+        return self.W.to(R.dtype), R.t(), self.b.to(R.dtype), None
 
     def affine(self):
         if self.activation:
@@ -125,7 +125,7 @@ class Direft(Loreft):
         return low_rank_form(self.W, self.R.t(), c=self.b, activations=self.activation, scale=scale)
 
 
-class Nodireft(Intervention):
+class Nodireft(LowRankEdit):
     """`dh = W2^T f(W1 h + b)`: DiReFT without orthonormality, as its paper writes it.
 
     `W1`, `W2`: `(r, d)`, `b`: `(r,)`. At the start `W2 = 0`, `b = 0` and `W1` is Kaiming-uniform.
@@ -155,8 +155,8 @@ class Nodireft(Intervention):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         return F.linear(_f(self, h, self.W1), self.W2.to(h.dtype).t())
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return low_rank_edit(h, self.W1, self.W2.t(), c=self.b, scale=scale, activation=self.activation)
+    def factors(self, dtype: torch.dtype) -> Factors:
+        return self.W1, self.W2.t(), self.b, None
 
     def affine(self):
         if self.activation:
@@ -178,12 +178,28 @@ class Noreft(Nodireft):
         W2 = self.W2.to(h.dtype)
         return F.linear(_f(self, h, self.W1) - F.linear(h, W2), W2.t())
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def factors(self, dtype: torch.dtype) -> Factors:
+        W2 = at_least_float32(self.W2)
+        return self.W1.to(W2.dtype) - W2, W2.t(), self.b.to(W2.dtype), None
+
+    def edit(self, h: torch.Tensor, scale: float) -> torch.Tensor:
         if self.activation is None:
-            W2 = at_least_float32(self.W2)
-            return low_rank_edit(h, self.W1.to(W2.dtype) - W2, W2.t(), c=self.b, scale=scale)
-        with torch.autocast(h.device.type, enabled=False):
-            return Intervention.forward(self, h, scale)
+            return super().edit(h, scale)
+        return Intervention.edit(self, h, scale)
+
+    def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
+        if self.activation is None:
+            return super().prepare(dtype, scale)
+        return self.W1.to(dtype), self.W2.to(dtype), self.b.to(dtype)
+
+    def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
+        if self.activation is None:
+            return super().infer(h, prepared, scale)
+        W1, W2, b = prepared
+        rows = h.reshape(-1, h.shape[-1])
+        z = ACTIVATIONS[self.activation](torch.addmm(b, rows, W1.t()))
+        z = torch.addmm(z, rows, W2.t(), alpha=-1)
+        return torch.addmm(rows, z, W2, alpha=scale).view(h.shape)
 
     def affine(self):
         if self.activation:

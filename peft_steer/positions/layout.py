@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from .spec import Layout
 
 
 _HOW_TO_SAY = (
     "Pass the number of prompt tokens of each row to the model's forward as `prompt_lengths=`, or `labels` (or a "
-    "`completion_mask`) that begin where the prompt ends."
+    "`completion_mask`) that begin where the prompt ends. (transformers' Trainer takes the labels away where it has a "
+    "`label_smoothing_factor` or a `compute_loss_func`: give it "
+    "`data_collator=peft_steer.MarkCompletions(data_collator)`.)"
 )
 
 
@@ -33,11 +36,28 @@ def require(condition: torch.Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-def cached_length(inputs: dict) -> int | torch.Tensor:
-    """Number of tokens in the cache (with padding) before the pass; a tensor if the cache is static."""
-    cache = inputs.get("past_key_values")
-    past = 0 if cache is None else cache.get_seq_length()
-    return past.clone() if isinstance(past, torch.Tensor) else past
+def cached_length(cache: Cache | None) -> int | torch.Tensor:
+    """Number of tokens in the cache (with padding); a tensor if the cache is static.
+
+    Raises:
+        ValueError: if no layer of the cache knows it (linear attention alone).
+    """
+    if cache is None:
+        return 0
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    if cache.layers and not layers:
+        raise ValueError(
+            "`positions`: the cache of this model does not know how many tokens it has. Pass `use_cache=False`."
+        )
+    for layer in layers:  # those of linear attention, which may be the first ones, stay empty (MiniMax)
+        past = layer.get_seq_length()
+        if isinstance(past, torch.Tensor):
+            return past.clone()
+        if past:
+            return past
+    return 0
 
 
 def tokens_of(inputs: dict, names: tuple[str, ...] = ("input_ids", "inputs_embeds")) -> torch.Tensor:

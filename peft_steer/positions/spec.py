@@ -56,6 +56,8 @@ def split(positions: str) -> tuple[str, ...]:
 def select(positions: str, layout: Layout) -> torch.Tensor:
     """The tokens that `positions` names, a boolean mask `(batch, tokens)`."""
     index, length = layout.index, layout.length
+    if positions == "all":
+        return torch.ones_like(layout.valid)
     if positions == "prompt":
         chosen = index < length
     elif positions == "completion":

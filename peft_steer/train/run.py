@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from peft_steer import JointOptimizer
+from peft_steer import JointOptimizer, MarkCompletions, needs_prompts
 from peft_steer.evaluation import tasks
 from peft_steer.utils.errors import UsageError, usage_errors
 from peft_steer.utils.hub import Source, find_model
@@ -183,6 +183,8 @@ def _make(
     patience = arguments.task.early_stopping_patience
     callbacks: Any = None if patience is None else [EarlyStoppingCallback(patience)]
     trainer: Any = trainer_cls(args=training, callbacks=callbacks, **model, **prepared)
+    if training.label_smoothing_factor and needs_prompts(trainer.model):
+        trainer.data_collator = MarkCompletions(trainer.data_collator)
     for config in getattr(trainer.model, "peft_config", {}).values():  # the whole model has none
         if not Path(str(model_args.model_name_or_path)).exists():
             config.base_model_name_or_path = model_args.model_name_or_path  # the hub id, not where it lies here

@@ -123,7 +123,8 @@ def test_presets_train(name):
     step()
     step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n, p in model.named_parameters() if p.requires_grad}
+    first = {n for n, _ in model.named_parameters() if name == "lofit" and n.endswith(".v")}  # its second stage's
+    assert changed == {n for n, p in model.named_parameters() if p.requires_grad} - first
 
 
 def test_any_peft_method_can_be_written_out():

@@ -1,13 +1,17 @@
 """JoLA: gates, penalty and schedule against the paper's formulas written plainly; recomputation, trainers, files."""
 
+import copy
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from head_training import edits, sft, sgd
 from peft import PeftModel, get_peft_model
 from tiny import inputs, make, randomize, steer_layers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from peft_steer import JolaConfig
 
@@ -76,6 +80,46 @@ def test_evaluation_is_not_random():
     assert torch.equal(model(**inputs()).logits, model(**inputs()).logits)
     model.train()
     assert not torch.equal(model(**inputs()).logits, model(**inputs()).logits)
+
+
+@pytest.mark.parametrize("how", ["reference", "no dropout"])
+def test_what_is_not_to_be_random_is_not(how):
+    """A reference copy, which takes no gradient, draws nothing in training mode; nor does a policy whose dropout is
+    turned off, as TRL's `disable_dropout` does. Neither moves the random state."""
+    model = jola()
+    want = model.eval()(**inputs()).logits
+    model = copy.deepcopy(model).train()
+    if how == "reference":
+        model.requires_grad_(False)
+    else:
+        disable_dropout_in_model(model)
+    state = torch.get_rng_state()
+    assert torch.equal(model(**inputs()).logits, want)
+    assert torch.equal(torch.get_rng_state(), state)
+    if how == "no dropout":  # the gates still learn
+        model(**inputs()).logits.square().sum().backward()
+        assert all(edit.log_g1.grad.any() for edit in edits(model))
+
+
+def test_the_first_loss_of_dpo(tmp_path, tiny_llama):
+    """Policy and reference agree before the first update: ln 2, exactly."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32"), JolaConfig(task_type="CAUSAL_LM")
+    )
+    randomize(model, std=0.5)
+    rows = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a + 2)} for a in range(4)]
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(
+            output_dir=str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True, bf16=False,
+            disable_tqdm=True, save_strategy="no",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )  # fmt: skip
+    trainer.train()
+    first = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    assert first == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_merging_while_training_folds_in_the_gates_of_evaluation():

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from tiny import inputs, make, randomize
 from transformers import AutoModelForCausalLM
 
-from peft_steer import LofitConfig
+from peft_steer import LofitConfig, acting_parameters
 
 
 def lofit(architecture="llama", std=0.1, **config):
@@ -100,6 +100,44 @@ def test_the_second_stage_is_a_training_of_its_own():
         step(fresh, again)
     for a, b in zip(edits(model), edits(fresh), strict=True):
         assert torch.equal(a.v, b.v)
+
+
+def test_the_first_stage_trains_A_alone():
+    """It chooses the heads that a training of `z' = (1 + A) z`, written plainly, chooses."""
+    model = lofit(std=0.0, num_heads=5, selection_step=4, l1_lambda=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
+    plain = make()
+    scales = [torch.zeros(4, 8, requires_grad=True) for _ in plain.model.layers]
+    for layer, A in zip(plain.model.layers, scales, strict=True):
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args, A=A: (args[0] * (1 + A.flatten()),))
+    other = torch.optim.AdamW(scales, lr=0.05, weight_decay=0.0)
+    x = inputs(rows=4)
+    for number in range(4):
+        step(model, optimizer)
+        assert not any(edit.v.any() for edit in edits(model)), number
+        loss = plain(**x, labels=x["input_ids"]).loss + 0.01 * sum(A.abs().sum() for A in scales)
+        loss.backward()
+        other.step()
+        other.zero_grad()
+    norms = torch.cat([A.norm(dim=1) for A in scales])
+    expected = set(norms.argsort(descending=True)[:5].tolist())
+    assert set(torch.cat([edit.selected for edit in edits(model)]).nonzero().flatten().tolist()) == expected
+
+
+def test_what_acts_is_counted():
+    """All of `A` before the choice, the chosen heads' `v` after it."""
+    model = lofit(num_heads=5, selection_step=1)
+    assert acting_parameters(model) == 3 * 4 * 8
+    optimizer = sgd(model)
+    step(model, optimizer)
+    assert acting_parameters(model) == 5 * 8
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    step(model, optimizer)
+    moved = sum(int((p != before[name]).sum()) for name, p in model.named_parameters() if name in before)
+    assert moved == 5 * 8
+    model.add_adapter("other", LofitConfig())
+    assert acting_parameters(model) == 5 * 8
+    assert acting_parameters(make()) == 0
 
 
 def test_equals_are_chosen_from_below():

@@ -39,8 +39,9 @@ def test_value(kind, dtype, shape):
     assert out.shape == h.shape
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected, rtol=16 * eps, atol=16 * eps)
-    with torch.no_grad():
-        assert torch.equal(module(h, 0.7), out)
+    with torch.no_grad():  # where `b` is a column of `W_up`, another sum
+        tolerance = 8 * eps if kind == "linear_bias" else 0.0
+        torch.testing.assert_close(module(h, 0.7), out, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close((h + 0.7 * module.delta(h)).double(), expected, rtol=32 * eps, atol=32 * eps)
 
 
@@ -61,8 +62,8 @@ def test_nothing_changes_at_the_start(kind, dtype):
 def test_gradcheck(kind):
     module = edit(kind, torch.float64)
     h = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
-    parameters = tuple(module.parameters())
-    names = [name for name, _ in module.named_parameters()]
+    trained = {n: p for n, p in module.named_parameters() if (kind, n) != ("lofit", "v")}  # in its first stage
+    names, parameters = tuple(trained), tuple(trained.values())
 
     def f(h, *values):
         return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (h, 0.7))
@@ -87,6 +88,9 @@ def test_gradients_are_those_of_the_plain_equation(kind, dtype, tolerance):
     module = edit(kind, torch.float32, std=0.05)
     expected = gradients(edit(kind, torch.float32, std=0.05).double(), h.double())
     for name, found in gradients(module, h).items():
+        if (kind, name) == ("lofit", "v"):  # not trained in the first stage
+            assert not found.any()
+            continue
         error = (found.double() - expected[name]).norm() / expected[name].norm()
         assert error < tolerance, f"{name}: {error}"
 

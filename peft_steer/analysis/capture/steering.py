@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from peft_steer.positions.layout import cached_length
 from peft_steer.sites import site_module
 
 from ..inputs.pairs import Model, blocks_of
@@ -108,7 +109,7 @@ class _CacheFollower:
         if cache is None:
             return None
         if self._of is None or self._of[0] is not cache:
-            if cache.get_seq_length():
+            if cached_length(cache):
                 raise ValueError(
                     "The oracle cannot go on from a cache that it has not seen; start the generation anew."
                 )

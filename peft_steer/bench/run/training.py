@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel, get_peft_config
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_steer import joint_optimizer_cls_and_kwargs
+from peft_steer import JointOptimizer, acting_parameters
 from peft_steer.utils.devices import has_accelerator
 
 from ..grid.plan import FULL, STEER_RATE, Cell, peft_fields
@@ -46,8 +46,8 @@ def train(
         peft_config = None if full else get_peft_config(peft_fields(cell.config))
         trainer = module.make(cell, model, tokenizer, task, arguments, peft_config)
         if STEER_RATE in cell.config:
-            trainer.optimizer_cls_and_kwargs = joint_optimizer_cls_and_kwargs(
-                trainer.model, trainer.args, lora_lr=cell.learning_rate, steer_lr=float(cell.config[STEER_RATE])
+            trainer.optimizer_cls_and_kwargs = JointOptimizer.as_in(
+                trainer.args, trainer.model, lora_lr=cell.learning_rate, steer_lr=float(cell.config[STEER_RATE])
             )
         reserved, optimizer = ReservedMemory(), OptimizerCost()
         trainer.add_callback(reserved)
@@ -74,7 +74,7 @@ def train(
         costs["trainable"] = costs["parameters"] = trained.num_parameters()
         costs["adapter_bytes"] = sum(p.nbytes for p in trained.parameters())
         return trained, costs
-    costs["trainable"], costs["parameters"] = trained.get_nb_trainable_parameters()
+    costs["trainable"], costs["parameters"] = acting_parameters(trained), trained.get_nb_trainable_parameters()[1]
 
     def save(folder: Path) -> None:
         trained.save_pretrained(folder)

@@ -65,8 +65,9 @@ class JointSteerLoraConfig(_SteeringHalf, LoraConfig):
             place after every `orthogonal_interval` optimizer steps, as the paper trained. `"none"`. By default
             `"always"` in the blocks where LoRA targets that layer, and nothing in the others, where there is nothing
             to be orthogonal to. `"always"` and `"periodic"` raise where a steered block has no such layer. No callback
-            has to be registered. A saved adapter satisfies the constraint: saving projects. (On several processes it
-            projects the file alone; with `"periodic"`, save at multiples of the interval, so that resuming is exact.)
+            has to be registered. A saved adapter satisfies the constraint: the file gets projected copies, and
+            evaluation computes with them. (With `"periodic"`, save at multiples of the interval, so that resuming is
+            exact.)
         orthogonal_interval (`int`, *optional*):
             With `orthogonal="periodic"`: number of optimizer steps from one projection to the next.
     """

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from peft_steer.interventions.low_rank import LowRank, low_rank_edit
+from peft_steer.interventions.low_rank import Factors, LowRank
 from peft_steer.interventions.optimizer_hooks import SteppedEdit, refuse_flat, whole
 
 
@@ -155,15 +155,23 @@ class JointLowRank(LowRank, SteppedEdit):
     def W_read(self) -> torch.Tensor:
         if self.orthogonal == "always":
             return project(self.W_down, self.B)
-        if self.orthogonal == "periodic" and self.training:
+        if self.orthogonal != "periodic" or not self.acts:
+            return self.W_down
+        if self.training:
             _refuse_flat_parameter(self.W_down)
-        return self.W_down
+            return self.W_down
+        if torch.is_grad_enabled():  # what is evaluated is what would be saved
+            return project(self.W_down, self.B)
+        return projected(self.W_down, self.B)
 
-    def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def factors(self, dtype: torch.dtype) -> Factors:
         W = self.W_read
-        if self.orthogonal == "always":
-            W = W.to(h.dtype)  # it is kept for backward: not in float32 beside a model in half precision
-        return low_rank_edit(h, W, self.W_up, b=self.b, scale=scale, activation=self.activation)
+        if W is not self.W_down:
+            W = W.to(dtype)  # it is kept for backward: not in float32 beside a model in half precision
+        return W, self.W_up, None, self.b
+
+    def sources(self) -> list[torch.Tensor]:
+        return [*super().sources(), self.B] if self.acts else super().sources()
 
     def overlap(self) -> float:
         """Overlap of what is read with `lora_B`. Collective where the parameters are distributed."""

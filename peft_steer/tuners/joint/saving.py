@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.distributed import get_world_size, is_available, is_initialized
 from torch.distributed.tensor import DTensor
 
 from .layer import JointSteerLayer
@@ -64,9 +63,7 @@ def _edits(model: nn.Module, adapter_name: str) -> dict[str, JointLowRank]:
 def project_for_saving(
     model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """`state_dict` with every `W_down` projected; the live weights too, so that file and model agree. Not with several
-    processes, of which one saves: its weights alone would change."""
-    several_processes = is_available() and is_initialized() and get_world_size() > 1
+    """`state_dict` with every `W_down` projected. The weights in `model` stay: saving does not change training."""
     names = {id(m): name for name, m in model.named_modules()}
     state_dict = dict(state_dict)
     edits = [e for m in model.modules() if isinstance(m, JointSteerLayer) for e in m.edits(adapter_name).values()]
@@ -78,10 +75,7 @@ def project_for_saving(
         W, B = state_dict.get(W_name), state_dict.get(B_name)
         if W is None or B is None or W.is_meta or B.is_meta or isinstance(W, DTensor):
             continue  # a part of the state: of other adapters, of offloaded weights, of a sharded checkpoint
-        if W.data_ptr() == edit.W_down.data_ptr() and not several_processes:
-            edit.project_()
-        else:
-            state_dict[W_name] = projected(W, B)
+        state_dict[W_name] = projected(W, B)
     return state_dict
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+from peft import PeftMixedModel, PeftModel
 from torch import nn
 from transformers import GenerationMixin
 
@@ -40,6 +41,7 @@ class _Tracker:
 
 def track(model: nn.Module, positions: str) -> None:
     """Tell the layers in `model` which tokens each forward pass gives them, if `positions` needs it."""
+    model = _innermost(model)
     if positions == "all" or hasattr(model, _TRACKER):
         return
     tracker = _Tracker(model)
@@ -62,6 +64,7 @@ def needs_prompts(model: nn.Module) -> bool:
 def untrack(model: nn.Module) -> None:
     """Undo [`track`]."""
     forget_layers(model)
+    model = _innermost(model)
     if not hasattr(model, _TRACKER):
         return
     for handle in getattr(model, _TRACKER).handles:
@@ -71,9 +74,21 @@ def untrack(model: nn.Module) -> None:
         del model.generate
 
 
+def _innermost(model: nn.Module) -> nn.Module:
+    """The model that `generate` calls, also where it has adapters of another `PeftModel`."""
+    while isinstance(model, PeftModel | PeftMixedModel):
+        model = model.get_base_model()
+    return model
+
+
 def check_stacks(model: nn.Module, positions: str, names: Iterable[str]) -> None:
     """Raise `ValueError` if a module to be steered would never see a token at `positions`: an encoder has the prompt
-    alone, the decoder beside it the completion."""
+    alone, the decoder beside it the completion; a model that does not generate has no completion."""
+    if positions == "completion" and not isinstance(_innermost(model), GenerationMixin):
+        raise ValueError(
+            f"`positions='completion'` has no token in {type(_innermost(model)).__name__}, which does not generate: "
+            "everything is prompt. Choose other `positions`."
+        )
     if positions == "all" or not _is_encoder_decoder(model):
         return
     encoder = next(name for name, m in model.named_modules() if m is model.get_encoder())
@@ -104,9 +119,11 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict, tracker: _Tracker):
         layout = partial(of_whole_completions, inputs)
         elsewhere = {id(layer) for layer in steered_layers(module.get_encoder())}
     elif tracker.generation is not None:
-        layout = partial(during_generation, inputs, cached_length(inputs), tracker.generation)
+        layout = partial(during_generation, inputs, cached_length(inputs.get("past_key_values")), tracker.generation)
     else:
-        layout = partial(of_call, inputs, cached_length(inputs), isinstance(module, GenerationMixin))
+        layout = partial(
+            of_call, inputs, cached_length(inputs.get("past_key_values")), isinstance(module, GenerationMixin)
+        )
     _hand_out(module, Selection(layout), elsewhere)
     return args, {name: x for name, x in kwargs.items() if name not in _OURS}
 

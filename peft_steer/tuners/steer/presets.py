@@ -31,11 +31,11 @@ class LoreftConfig(SteerConfig):
 class LofitConfig(SteerConfig):
     """
     [`SteerConfig`] with LoFiT as default (arXiv 2406.01563): `z' = (1 + A) * z + v` for every attention head, on every
-    token. In the first `selection_step` optimizer steps `A` and `v` of all heads are trained, with
+    token. In the first `selection_step` optimizer steps `A` of all heads is trained, with
     `l1_lambda * sum |A|` added to the loss; then the `num_heads` heads with the largest L2 norm of `A` are chosen,
-    `A` and `v` return to zero, and only the chosen heads' `v` are trained. Trainers stay as they are; the steps are
+    `A` returns to zero, and only the chosen heads' `v` are trained. Trainers stay as they are; the steps are
     counted, the penalty added and the heads chosen around the optimizer's step (see `optimizer_hooks.py`), and are
-    saved with the adapter. (The authors train in two runs, in the first of which `v` is fixed at zero.)
+    saved with the adapter. (The authors train in two runs.)
     """
 
     site: str = field(default="heads", metadata={"help": SITE_HELP})

@@ -69,17 +69,42 @@ def test_sft_on_every_base(tmp_path, checkpoint, base, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_resuming(tmp_path, checkpoint, mode, accumulation):
     """A run that was interrupted between projections and resumed ends bit for bit where the other does."""
-    options = {"save_steps": 2, "gradient_accumulation_steps": accumulation}
+    options = {"save_steps": 3, "gradient_accumulation_steps": accumulation}  # at a multiple of the interval
     whole = sft_trainer(load(checkpoint), checkpoint, tmp_path / "whole", config_for(mode), **options)
     whole.train()
     resumed = sft_trainer(load(checkpoint), checkpoint, tmp_path / "resumed", config_for(mode), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     expected, found = adapter_state(whole.model), adapter_state(resumed.model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(x, expected[n]) for n, x in found.items())
     assert (worst(resumed.model) < TOLERANCE) == (mode != "none")
     if mode == "periodic":
         assert {x.item() for n, x in found.items() if n.endswith("steps")} == {6}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saving_does_not_change_training(tmp_path, mode):
+    """Between projections too: the weights stay bit for bit, and evaluation is that of the file."""
+    models = [joint(**{**MODES[mode], **({"orthogonal_interval": 4} if mode == "periodic" else {})}) for _ in range(2)]
+    x = inputs()
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in models]
+    for step in range(6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.train()(**x, labels=x["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models[0].save_pretrained(tmp_path / str(step))
+        states = [adapter_state(model) for model in models]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+        loaded = PeftModel.from_pretrained(make(), tmp_path / str(step)).eval()
+        assert worst(loaded) < TOLERANCE or mode == "none"
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                found, want = (m.eval()(**x).logits for m in (models[0], loaded))
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    if mode == "periodic":  # it makes a difference
+        with torch.no_grad():
+            assert (models[0].train()(**x).logits - want).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs"])
