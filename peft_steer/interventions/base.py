@@ -8,6 +8,7 @@ no copy of `h` is made.
 
 import torch
 
+from .low_rank_form import LowRankForm
 from .precision import KeepsPrecision
 
 
@@ -28,6 +29,10 @@ class Intervention(KeepsPrecision):
     def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
         """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or
         None if the edit is no affine function of `h`."""
+        return None
+
+    def low_rank(self, scale: float = 1.0) -> LowRankForm | None:
+        """The edit with `scale * dh` in the form that engines run, or None if it has none (edits of heads)."""
         return None
 
 

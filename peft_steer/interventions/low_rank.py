@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .base import Intervention, at_least_float32
+from .low_rank_form import low_rank_form
 
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -134,6 +135,10 @@ class FixedVector(Intervention):
 
     def affine(self):
         return None, at_least_float32(self.v)
+
+    def low_rank(self, scale=1.0):
+        d = len(self.v)
+        return low_rank_form(self.v.new_empty(0, d), self.v.new_empty(d, 0), v=self.v, scale=scale)
 
 
 class LowRank(Intervention):

@@ -12,6 +12,7 @@ from torch import nn
 
 from .base import Intervention, at_least_float32
 from .low_rank import ACTIVATIONS, low_rank_edit
+from .low_rank_form import low_rank_form
 
 
 class Loreft(Intervention):
@@ -66,6 +67,10 @@ class Loreft(Intervention):
         R = self.R
         return R.t() @ (self.W.to(R.dtype) - R), R.t() @ self.b.to(R.dtype)
 
+    def low_rank(self, scale=1.0):
+        R = self.R
+        return low_rank_form(self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
+
 
 class Direft(Loreft):
     """`dh = R^T f(W h + b)` with orthonormal rows of `R`, kept as [`Loreft`] keeps them.
@@ -96,6 +101,9 @@ class Direft(Loreft):
             return None
         R = self.R
         return R.t() @ self.W.to(R.dtype), R.t() @ self.b.to(R.dtype)
+
+    def low_rank(self, scale=1.0):
+        return low_rank_form(self.W, self.R.t(), c=self.b, activations=self.activation, scale=scale)
 
 
 class Nodireft(Intervention):
@@ -135,6 +143,9 @@ class Nodireft(Intervention):
         W2 = at_least_float32(self.W2)
         return W2.t() @ self.W1.to(W2.dtype), W2.t() @ self.b.to(W2.dtype)
 
+    def low_rank(self, scale=1.0):
+        return low_rank_form(self.W1, self.W2.t(), c=self.b, activations=self.activation, scale=scale)
+
 
 class Noreft(Nodireft):
     """`dh = W2^T (f(W1 h + b) - W2 h)`: LoReFT without orthonormality. Parameters and start as [`Nodireft`]'s.
@@ -158,6 +169,15 @@ class Noreft(Nodireft):
             return None
         W2 = at_least_float32(self.W2)
         return W2.t() @ (self.W1.to(W2.dtype) - W2), W2.t() @ self.b.to(W2.dtype)
+
+    def low_rank(self, scale=1.0):
+        W1, W2 = at_least_float32(self.W1), at_least_float32(self.W2)
+        if self.activation is None:
+            return low_rank_form(W1 - W2, W2.t(), c=self.b, scale=scale)
+        # `W2^T f(W1 h + b)` and `- W2^T W2 h`, side by side
+        A, B, c = torch.cat([W1, W2]), torch.cat([W2, -W2]).t(), torch.cat([self.b, torch.zeros_like(self.b)])
+        r = len(self.b)
+        return low_rank_form(A, B, c=c, activations=(self.activation,) * r + (None,) * r, scale=scale)
 
 
 def _f(edit: Direft | Nodireft, h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
