@@ -82,10 +82,10 @@ class Steerable:
 
             self.__dict__["_steering"] = steer(self, vllm_config)
 
-    def load_weights(self, weights: Any) -> Any:
+    def load_weights(self, weights: Any, *args: Any, **kwargs: Any) -> Any:
         if self._steering is not None:
             weights = self._steering.receive(weights)
-        return super().load_weights(weights)
+        return super().load_weights(weights, *args, **kwargs)
 
 
 def __getattr__(name: str) -> type:
@@ -95,7 +95,7 @@ def __getattr__(name: str) -> type:
     module, class_name = _originals[name]
     base = getattr(importlib.import_module(module), class_name)
     # With the name and the place of the original: vLLM shows them, and looks for the source of what it compiles.
-    members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "architecture": name}
+    members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "peft_steer_architecture": name}
     made = type(base)(base.__name__, (Steerable, base), members)
     globals()[name] = made
     return made

@@ -195,3 +195,6 @@ class LowRank(Intervention):
             return None
         M = at_least_float32(self.W_up) @ at_least_float32(self.W_read)
         return M, None if self.b is None else at_least_float32(self.b)
+
+    def low_rank(self, scale=1.0):
+        return low_rank_form(self.W_read, self.W_up, v=self.b, activations=self.activation, scale=scale)

@@ -1,0 +1,1 @@
+"""Running adapters outside of transformers: inference engines that serve them."""

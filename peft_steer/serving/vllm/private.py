@@ -1,0 +1,108 @@
+"""All that depends on private names of vLLM (those of the versions in `options.TRIED`)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import vllm.lora.utils
+from torch import nn
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.v1.worker.gpu_input_batch import InputBatch
+
+
+def rename(model: nn.Module) -> Callable[[str], str]:
+    """The map from transformers' names of modules to those of a model of vLLM."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return (lambda name: name) if mapper is None else mapper.get_rename_mapper()._map_name
+
+
+def token_slots(layer: BaseLinearLayerWithLoRA, tokens: int) -> torch.Tensor:
+    """The LoRA slot of each token of the batch, -1 for none. (The property without the underscore has as many as the
+    batch has, which a compiled graph would take for a constant.)"""
+    return layer.punica_wrapper._token_lora_indices[:tokens]
+
+
+def keep_plain_weights(model: nn.Module) -> None:
+    """On a CPU: do not pack the weights of linear layers, which are to be written again."""
+    for module in model.modules():
+        if isinstance(module, LinearBase):
+            module._cpu_skip_gemm_dispatch = True
+
+
+def add_lora_layer(layer: type[BaseLinearLayerWithLoRA]) -> None:
+    """Have the LoRA manager try `layer` first."""
+    if layer not in vllm.lora.utils._all_lora_classes:
+        vllm.lora.utils._all_lora_classes = (layer, *vllm.lora.utils._all_lora_classes)
+
+
+def wrap_loading(load: Callable[[WorkerLoRAManager, Any], LoRAModel | None]) -> None:
+    """Have `load(manager, request)` make what a LoRA request names; where it returns None, vLLM does."""
+    original = WorkerLoRAManager._load_adapter
+    if getattr(original, "is_ours", False):
+        return
+
+    def _load_adapter(self: WorkerLoRAManager, lora_request: Any) -> LoRAModel:
+        return load(self, lora_request) or original(self, lora_request)
+
+    _load_adapter.is_ours = True
+    WorkerLoRAManager._load_adapter = _load_adapter
+
+
+def make_lora(manager: WorkerLoRAManager, request: Any, tensors: dict[str, torch.Tensor], rank: int) -> LoRAModel:
+    """vLLM's object for an adapter, from pairs `lora_A`, `lora_B` by PEFT's names, whose factor is 1.
+
+    Raises:
+        ValueError: if the engine was opened for smaller ranks.
+    """
+    helper = PEFTHelper(r=rank, lora_alpha=rank, target_modules=[])
+    helper.validate_legal(manager.lora_config)
+    model = manager._adapter_manager.model
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return LoRAModel.from_lora_tensors(
+        lora_model_id=request.lora_int_id,
+        tensors=tensors,
+        peft_helper=helper,
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+
+
+def model_of(manager: WorkerLoRAManager) -> nn.Module:
+    """The model that the manager's adapters act in."""
+    return manager._adapter_manager.model
+
+
+def modules_with_slots(manager: WorkerLoRAManager) -> set[str]:
+    """vLLM's names of the modules that take adapters; of those that vLLM packs into one, the parts' names."""
+    inner = manager._adapter_manager
+    packed = (inner.packed_modules.get(name, [name]) for name in inner.modules)
+    return {part for parts in packed for part in parts}
+
+
+def wrap_token_mapping(select: Callable[[int, Any, int, int], Iterable[bool] | None]) -> None:
+    """Have `select(lora_id, first, n, prompt_length)` say which of a request's next `n` tokens, from index `first` on,
+    its adapter acts on; None for all of them."""
+    original = InputBatch.make_lora_inputs
+    if getattr(original, "is_ours", False):
+        return
+
+    def make_lora_inputs(self: InputBatch, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
+        prompts, tokens, requests = original(self, num_scheduled_tokens, num_sampled_tokens)
+        chosen, start = list(tokens), 0
+        for row in range(self.num_reqs):
+            n, first = int(num_scheduled_tokens[row]), int(self.num_computed_tokens_cpu[row])
+            adapter = int(self.request_lora_mapping[row])
+            mask = select(adapter, first, n, int(self.num_prompt_tokens[row])) if adapter else None
+            if mask is not None:
+                chosen[start : start + n] = [adapter if here else 0 for here in mask]
+            start += n
+        return prompts, tuple(chosen), requests
+
+    make_lora_inputs.is_ours = True
+    InputBatch.make_lora_inputs = make_lora_inputs

@@ -1,0 +1,62 @@
+"""One engine of vLLM in a process of its own: `python engine_worker.py SPEC.json RESULT.json`.
+
+vLLM keeps global state, and an engine that fails leaves it behind; so a test never makes one in its own process.
+"""
+
+import json
+import sys
+import time
+
+
+def outputs(llm, requests, max_tokens, prompt_logprobs):
+    """Of each request the tokens that were generated, their log-probabilities and those of the prompt's tokens."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    ids = {path: i for i, path in enumerate(sorted({path for _, path in requests if path}), start=1)}
+    sampling = SamplingParams(
+        temperature=0, max_tokens=max_tokens, logprobs=0, prompt_logprobs=0 if prompt_logprobs else None, ignore_eos=True
+    )
+    answers = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in requests],
+        sampling,
+        lora_request=[LoRARequest(path, ids[path], path) if path else None for _, path in requests] if ids else None,
+        use_tqdm=False,
+    )
+    found = []
+    for answer in answers:
+        out = answer.outputs[0]
+        tokens = list(out.token_ids)
+        logps = [step[token].logprob for token, step in zip(tokens, out.logprobs, strict=True)]
+        if prompt_logprobs:
+            prompt = list(answer.prompt_token_ids)[1:]
+            logps = [s[t].logprob for t, s in zip(prompt, answer.prompt_logprobs[1:], strict=True)] + logps
+        found.append({"tokens": tokens, "logps": logps})
+    return found
+
+
+def main(spec_file, result_file):
+    from vllm import LLM
+
+    with open(spec_file) as file:
+        spec = json.load(file)
+    start = time.perf_counter()
+    result = {"error": None, "rounds": []}
+    try:
+        llm = LLM(**spec["engine"])
+        result["seconds"] = time.perf_counter() - start
+        for requests in spec["rounds"]:
+            try:
+                answers = outputs(llm, requests, spec["max_tokens"], spec["prompt_logprobs"])
+            except Exception as error:  # what a user would see is what the test looks at
+                answers = {"error": str(error)}
+            result["rounds"].append(answers)
+    except Exception as error:
+        result["error"] = str(error)
+    result["modules"] = sorted({name.partition(".")[0] for name in sys.modules})
+    with open(result_file, "w") as file:
+        json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
