@@ -15,7 +15,11 @@ def outputs(llm, requests, max_tokens, prompt_logprobs):
 
     ids = {path: i for i, path in enumerate(sorted({path for _, path in requests if path}), start=1)}
     sampling = SamplingParams(
-        temperature=0, max_tokens=max_tokens, logprobs=0, prompt_logprobs=0 if prompt_logprobs else None, ignore_eos=True
+        temperature=0,
+        max_tokens=max_tokens,
+        logprobs=0,
+        prompt_logprobs=0 if prompt_logprobs else None,
+        ignore_eos=True,
     )
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt, _ in requests],

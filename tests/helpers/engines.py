@@ -10,9 +10,10 @@ import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
 from tiny import METHODS, randomize
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
-VOCAB = 128
+VOCAB = 257  # a byte, or the end of the text
 # Widths that vLLM's kernels for CPUs take.
 SMALL = {
     "vocab_size": VOCAB,
@@ -22,11 +23,11 @@ SMALL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 1024,
     "initializer_range": 0.2,
     "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
 MOE = {"num_experts_per_tok": 2}
 OPT = {"word_embed_proj_dim": 64, "ffn_dim": 96, "init_std": 0.2}
@@ -51,11 +52,18 @@ ARCHITECTURES = {
 }
 
 
-def save_model(folder: Path, architecture: str = "llama", **changes) -> str:
+def save_model(folder: Path, architecture: str = "llama") -> str:
     """A tiny random model in a folder, the same for the same arguments."""
     torch.manual_seed(0)
     model = ARCHITECTURES[architecture]()
     model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(["<eos>", *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    options = {"eos_token": "<eos>", "pad_token": "<eos>", "chat_template": template}
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
     return str(folder)
 
 
@@ -133,3 +141,14 @@ def load(base: str, adapter: str | None = None, scale: float = 1.0) -> torch.nn.
     if scale != 1:
         model.base_model.scale_layer(scale)
     return model
+
+
+def run_training(folder: Path, model: str, trainer: str = "grpo", **spec) -> dict:
+    """What `rollout_worker.py` found."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    spec = {"model": model, "trainer": trainer, "output": str(Path(folder) / "out"), **spec}
+    spec_file, result_file = Path(folder) / "spec.json", Path(folder) / "result.json"
+    spec_file.write_text(json.dumps(spec))
+    log = run_python([str(Path(__file__).with_name("rollout_worker.py")), str(spec_file), str(result_file)])
+    assert result_file.is_file(), log
+    return {**json.loads(result_file.read_text()), "log": log}

@@ -129,7 +129,7 @@ class SlottedEdit(BaseLinearLayerWithLoRA):
 
 
 def pack(form: LowRankForm) -> tuple[torch.Tensor, torch.Tensor]:
-    """The form as a LoRA pair, which is what vLLM carries: `A | c | codes`, `(r, d + 2)`, and `B | v`, `(d, r + 1)`."""
+    """The form as a LoRA pair, which vLLM carries: `A | c | codes`, `(r, d + 2)`, and `B | v`, `(d, r + 1)`."""
     A, B, d = form.A, form.B, form.A.shape[1]
     codes = A.new_tensor([CODES[name] for name in form.activations])
     c = A.new_zeros(len(A)) if form.c is None else form.c

@@ -1,5 +1,6 @@
 """The edits of one model of vLLM: put in where the engine was asked to steer, and written when weights arrive."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from .options import check_engine
 from .places import CHILD, Places
 from .requests import open_slots
 
+
+logger = logging.getLogger(__name__)
 
 _LIVE = re.compile(rf"(.*)\.{CHILD}\.{following.PREFIX}(A|B|c|v)")
 
@@ -61,10 +64,16 @@ def _follow(model: nn.Module, config: Any) -> "Steering | None":
     tuner = following.in_training(config.model_config.model)
     if tuner is None:
         return None
-    forms = following.forms(tuner)
-    check_engine(config)
     steering = Steering(model, config)
-    steering.put(forms)
+    try:
+        forms = following.forms(tuner)
+        check_engine(config)
+        if config.model_config.enable_sleep_mode:
+            raise ValueError("sleep mode discards the weights of the base, which is not pushed again.")
+        steering.put(forms)
+    except ValueError as error:  # no fault of an engine that is here for something else: merging then raises
+        logger.warning("This engine does not follow the steered model in training: %s", error)
+        return None
     # The key of vLLM's compile cache has this dictionary in it, and the graph has the shapes of the edits in it.
     config.additional_config["peft_steer_following"] = {
         name: [form.activations, sorted(form.tensors())] for name, form in forms.items()

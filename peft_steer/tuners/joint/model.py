@@ -18,6 +18,7 @@ from peft_steer.registration import register
 from peft_steer.sites import hidden_size
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
+from ..steer import following
 from ..steer.injection import (
     check_adapter_name,
     check_shapes,
@@ -95,6 +96,7 @@ class JointSteerLoraModel(Strength, LoraModel):
             self._inject_steering(adapter_name, config, sites)
         self.set_halves(self._halves)
         track(model, config.steer_positions)
+        following.TUNERS.add(self)
 
     def _prepare_model(self, peft_config: JointSteerLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -183,6 +185,20 @@ class JointSteerLoraModel(Strength, LoraModel):
                 "adapter; `unload()` removes both."
             )
         super()._check_merge_allowed()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Raises `ValueError`, unless an inference engine follows this model: then the LoRA half is merged and the
+        engine is shown the edits (see `following.py`)."""
+        if adapter_names is None and following.followers(self):
+            following.publish(self)
+            return
+        with following.explaining(self, following.pushed_by_trl()):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Give the base its own weights back."""
+        following.finish(self)
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:

@@ -8,6 +8,8 @@ engine runs, and unmerging takes them away again; the base is not touched.
 import gc
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from peft.tuners.lora import LoraLayer
@@ -137,16 +139,25 @@ def published(tuner: BaseTuner) -> bool:
 
 def withdraw(tuner: BaseTuner) -> None:
     """Take away what `publish` put there, if it did."""
+    if not published(tuner):
+        return
     for layer in layers(tuner).values():
         for name in [name for name in layer._parameters if name.startswith(PREFIX)]:
             del layer._parameters[name]
     for module in tuner.model.modules():
-        if isinstance(module, LoraLayer) and module.merged:
+        if isinstance(module, LoraLayer):
             module.unmerge()
 
 
-def check_received(tuner: BaseTuner) -> None:
-    """Raises `RuntimeError` if an engine in this process did not get every edit since the last merge."""
+def finish(tuner: BaseTuner) -> None:
+    """Withdraw what was published.
+
+    Raises:
+        RuntimeError: if an engine in this process did not receive every edit of it.
+    """
+    if not published(tuner):
+        return
+    withdraw(tuner)
     for follower in followers(tuner):
         if follower.here and (missing := follower.names - follower.received):
             module, letter = min(missing)
@@ -156,28 +167,30 @@ def check_received(tuner: BaseTuner) -> None:
             )
 
 
-def refuse_push(tuner: BaseTuner, adds_bias: bool) -> None:
-    """Raises `ValueError` if the caller's caller is TRL, which pushes what it merges to vLLM, and that would not take
-    what merging makes.
-
-    A merge may be exact for the model at hand, and wrong for an engine that gets its parameters: vLLM has no bias
-    where the checkpoint has none, and skips a parameter that it does not know. TRL merges for no other purpose, and
-    nothing else that merges is affected.
-    """
-    if adds_bias and sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] == "trl":
-        raise ValueError(
-            f"Merging this adapter makes biases that vLLM would drop, silently. {why_not_followed(tuner)}"
-        )
+def pushed_by_trl() -> bool:
+    """Whether who called the caller of this function is TRL: it merges to push the base's parameters to vLLM, and for
+    no other purpose."""
+    return sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] == "trl"
 
 
-def why_not_followed(tuner: BaseTuner) -> str:
-    """A sentence or two for an error: no engine follows `tuner`, and what to do."""
+@contextmanager
+def explaining(tuner: BaseTuner, pushed: bool) -> Iterator[None]:
+    """If `pushed`, what a merge raises says why there are no rollouts by vLLM and what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if pushed:
+            raise ValueError(f"{error} {_why_not_followed(tuner)}") from error
+        raise
+
+
+def _why_not_followed(tuner: BaseTuner) -> str:
     path = getattr(tuner.model, "name_or_path", None)
     several = len(_in_training(path)) > 1
     return (
-        "No vLLM engine follows it, so rollouts would come from the base. "
+        "No vLLM engine follows this model, so its rollouts would come from the base. "
         + (f"There are several steered models of {path!r} in this process: delete the others. " if several else "")
-        + "With `vllm_mode='colocate'` and peft-steer installed where vLLM runs, an engine of an architecture in "
-        "`peft_steer_vllm.py` follows the model by itself; with 'server', see `peft_steer.serving.vllm.follow_server`. "
-        "Or set `use_vllm=False`."
+        + "With vllm_mode='colocate' an engine follows by itself if the architecture is in `peft_steer_vllm.py` and it "
+        "can run the edit; its log says why not. For vllm_mode='server' see `serving.vllm.live.follow_server`. Or "
+        "set use_vllm=False."
     )

@@ -150,6 +150,14 @@ def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:
             )
 
 
+def refuse_added_biases(plan: list) -> None:
+    """Raise `ValueError` if merging would give a bias to a linear layer that has none: an engine that is pushed the
+    merged weights has no such parameter, and vLLM skips those that it does not know."""
+    for layer, linear, names in plan:
+        if linear.bias is None and any(layer.steer_edit[name].affine()[1] is not None for name in names):
+            raise ValueError("Merging this adapter makes biases, which vLLM would leave out without a word.")
+
+
 def refuse_to_save(model: nn.Module) -> None:
     """Make `model.save_pretrained` raise: its configuration has no bias where merging had to add one, so
     `from_pretrained` would drop the bias, silently."""

@@ -15,6 +15,7 @@ from peft_steer.interventions.optimizer_hooks import Group
 from peft_steer.registration import register
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
+from . import following
 from .config import STEER, SteerConfig
 from .injection import (
     check_adapter_name,
@@ -26,7 +27,7 @@ from .injection import (
     resolve_sites,
 )
 from .layer import CHILD, INPUT_CHILD, SteerLayer, device_and_dtype, steered_layers
-from .merging import plan_merge, refuse_to_save
+from .merging import plan_merge, refuse_added_biases, refuse_to_save
 from .position_hooks import check_stacks, track, untrack
 
 
@@ -118,6 +119,7 @@ class SteerModel(Strength, BaseTuner):
             state_dict=state_dict,
         )
         track(model, self.peft_config[adapter_name].positions)
+        following.TUNERS.add(self)
 
     def _check_sites_of(self, state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
@@ -202,15 +204,24 @@ class SteerModel(Strength, BaseTuner):
         plan_merge(self.model, self.peft_config, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base's weights where that is exact; `merging.py` says where it is.
+        """Fold adapters into the base's weights where that is exact; `merging.py` says where it is. If an inference
+        engine follows this model, show it the edits instead (see `following.py`).
 
         Raises:
             ValueError: before anything is changed: if it is not exact for one of them, if an active adapter would be
-                left out and stop acting, or, with `safe_merge`, if a parameter of theirs is not finite.
+                left out and stop acting, or, with `safe_merge`, if a parameter of theirs is not finite. If TRL merges
+                to push the weights to an engine: also if that would not take all of them.
         """
+        if adapter_names is None and following.followers(self):
+            following.publish(self)
+            return
         if any(layer.disable_adapters for layer in self._tuner_layers()):
             raise ValueError("Cannot merge while the adapters are disabled; enable them first.")
-        plan = plan_merge(self.model, self.peft_config, adapter_names)
+        pushed = following.pushed_by_trl()
+        with following.explaining(self, pushed):
+            plan = plan_merge(self.model, self.peft_config, adapter_names)
+            if pushed:
+                refuse_added_biases(plan)
         for layer, _, names in plan:
             left_out = set(layer.active_adapters) & set(layer.steer_edit) - set(names) - set(layer.merged_adapters)
             if left_out:
@@ -230,6 +241,7 @@ class SteerModel(Strength, BaseTuner):
 
     def unmerge_adapter(self) -> None:
         """Give the base its own weights back, bit for bit."""
+        following.finish(self)
         for layer in self._tuner_layers():
             layer.unmerge()
 
