@@ -1,4 +1,4 @@
-"""What a test of vLLM needs: tiny models on disk, an engine in another process, and transformers' log-probabilities."""
+"""What a test of vLLM needs: tiny models on disk, an engine in another process, transformers' log-probabilities."""
 
 import json
 import os

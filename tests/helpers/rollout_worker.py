@@ -1,4 +1,4 @@
-"""One training of TRL's with rollouts by vLLM, in a process of its own: `python rollout_worker.py SPEC.json RESULT.json`.
+"""One training of TRL's with rollouts by vLLM, in a process of its own: `rollout_worker.py SPEC.json RESULT.json`.
 
 TRL is not changed, but for the dtype of its engine: it passes none, and vLLM serves a float32 checkpoint in bfloat16.
 """

@@ -1,12 +1,13 @@
 """What an engine is asked for: `additional_config={"peft_steer": {...}}`, checked before anything is loaded."""
 
-import hashlib
+import json
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import vllm
+from safetensors import safe_open
 
 from peft_steer_vllm import ARCHITECTURES, options
 
@@ -14,6 +15,7 @@ from peft_steer_vllm import ARCHITECTURES, options
 logger = logging.getLogger(__name__)
 
 TRIED = ("0.32.0",)  # the versions of vLLM that the tests were run with
+KEPT = ("kind", "activation", "positions")  # what gives an edit its structure, beside the shapes of its tensors
 SITES = ("block", "mlp", "attention")
 _EXAMPLES = '{"adapter": DIR, "scale": 1.0} for one adapter in every request, {"sites": ["block"]} for one per request'
 
@@ -81,6 +83,7 @@ def _check_adapter(asked: dict[str, Any]) -> None:
         if not file.is_file():
             raise ValueError(f"additional_config['peft_steer']['adapter']: there is no file {str(file)!r}.")
     # The key of vLLM's compile cache has this dictionary in it, and the graph has the shapes of the edits in it.
-    with files[1].open("rb") as tensors:
-        header = tensors.read(int.from_bytes(tensors.read(8), "little"))
-    asked["layout"] = hashlib.sha256(files[0].read_bytes() + header).hexdigest()
+    with safe_open(files[1], "pt") as tensors:
+        shapes = {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    config = json.loads(files[0].read_text())
+    asked["layout"] = {"tensors": shapes, "config": {name: config.get(name) for name in KEPT}}

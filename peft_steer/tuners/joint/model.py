@@ -197,8 +197,8 @@ class JointSteerLoraModel(Strength, LoraModel):
 
     def unmerge_adapter(self) -> None:
         """Give the base its own weights back."""
-        following.finish(self)
-        super().unmerge_adapter()
+        if not following.finish(self):
+            super().unmerge_adapter()
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:

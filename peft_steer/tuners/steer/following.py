@@ -149,14 +149,14 @@ def withdraw(tuner: BaseTuner) -> None:
             module.unmerge()
 
 
-def finish(tuner: BaseTuner) -> None:
-    """Withdraw what was published.
+def finish(tuner: BaseTuner) -> bool:
+    """Withdraw what was published; returns whether anything was.
 
     Raises:
         RuntimeError: if an engine in this process did not receive every edit of it.
     """
     if not published(tuner):
-        return
+        return False
     withdraw(tuner)
     for follower in followers(tuner):
         if follower.here and (missing := follower.names - follower.received):
@@ -165,6 +165,7 @@ def finish(tuner: BaseTuner) -> None:
                 f"{len(missing)} of {len(follower.names)} tensors of the edits did not reach the engine, such as "
                 f"{letter} at {module!r}: its rollouts would not come from the adapter. Which version of TRL is this?"
             )
+    return True
 
 
 def pushed_by_trl() -> bool:
@@ -190,7 +191,7 @@ def _why_not_followed(tuner: BaseTuner) -> str:
     return (
         "No vLLM engine follows this model, so its rollouts would come from the base. "
         + (f"There are several steered models of {path!r} in this process: delete the others. " if several else "")
-        + "With vllm_mode='colocate' an engine follows by itself if the architecture is in `peft_steer_vllm.py` and it "
-        "can run the edit; its log says why not. For vllm_mode='server' see `serving.vllm.live.follow_server`. Or "
+        + "With vllm_mode='colocate' an engine follows by itself if its architecture is in `peft_steer_vllm.py` and it "
+        "runs the edit; its log says why not. For vllm_mode='server' see `serving.vllm.live.follow_server`. Or "
         "set use_vllm=False."
     )
