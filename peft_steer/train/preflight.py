@@ -25,8 +25,8 @@ def preflight(trainer: Trainer, text: str) -> None:
         text: whose first 32 tokens are the input.
 
     Raises:
-        RuntimeError: if nothing is trained, if the loss is not finite, if the adapter's weights change no logits, or if
-            vLLM generates for a steered model that it does not follow.
+        RuntimeError: if nothing is trained, if the loss is not finite, if the adapter's weights change no logits, or
+            if vLLM generates for a steered model that it does not follow.
     """
     model = trainer.model
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
