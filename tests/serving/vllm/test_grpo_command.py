@@ -70,9 +70,10 @@ def test_a_run(base, tmp_path):
     ],
 )
 def test_refused(base, tmp_path, arguments, message, monkeypatch, capsys):
-    from peft_steer.train import rollouts
-    from peft_steer import SteerConfig
     from trl import GRPOConfig
+
+    from peft_steer import SteerConfig
+    from peft_steer.train import rollouts
 
     pairs = dict(zip((a.removeprefix("--") for a in arguments[::2]), arguments[1::2], strict=True))
     training = {name: value for name, value in pairs.items() if name.startswith("vllm_")}
