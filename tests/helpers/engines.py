@@ -18,7 +18,7 @@ VOCAB = 257  # a byte, or the end of the text
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # of 64s: bitsandbytes unpacks others wrongly on CPUs
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
