@@ -19,6 +19,7 @@ COMMANDS = {
         "peft_steer.analysis.distill.command",
         "turn a fine-tuned model or an adapter into a steering adapter",
     ),
+    "serve": ("peft_steer.serving.vllm.serve", "an OpenAI-compatible server for adapters, by vLLM"),
     "tasks": ("peft_steer.commands.tasks", "list the tasks that ship, with splits and licences, or show one"),
     "lm-eval": ("peft_steer.commands.lm_eval", "lm-evaluation-harness, knowing our adapters and tasks"),
 }

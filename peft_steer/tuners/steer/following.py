@@ -191,7 +191,7 @@ def _why_not_followed(tuner: BaseTuner) -> str:
     return (
         "No vLLM engine follows this model, so its rollouts would come from the base. "
         + (f"There are several steered models of {path!r} in this process: delete the others. " if several else "")
-        + "With vllm_mode='colocate' an engine follows by itself if its architecture is in `peft_steer_vllm.py` and it "
-        "runs the edit; its log says why not. For vllm_mode='server' see `serving.vllm.live.follow_server`. Or "
+        + "With vllm_mode='colocate' an engine follows by itself if its architecture is in `peft_steer_vllm.py` and "
+        "it runs the edit; its log says why not. For vllm_mode='server' see `serving.vllm.live.follow_server`. Or "
         "set use_vllm=False."
     )
