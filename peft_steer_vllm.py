@@ -33,6 +33,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, str]]] = {
     "GraniteForCausalLM": ("tensor", _PLAIN),
     "OPTForCausalLM": ("tensor", {"mlp": "fc2", "attention": "self_attn"}),
 }
+# Where transformers has another name for a module than its checkpoints, by which vLLM goes.
+CHECKPOINT_NAMES = {"MixtralForCausalLM": {"mlp": "block_sparse_moe"}}
 OPTION = "peft_steer"  # the key of `additional_config`
 _originals: dict[str, tuple[str, str]] = {}
 

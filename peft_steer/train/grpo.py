@@ -21,13 +21,13 @@ from trl.rewards import (
 )
 from trl.scripts.grpo import GRPOScriptArguments
 
-from peft_steer import JointSteerLoraConfig, SteerConfig
 from peft_steer.evaluation.datasets import grpo_dataset
 from peft_steer.evaluation.rewards import reward_function
 from peft_steer.utils.errors import UsageError, suggest
 from peft_steer_cli import main as console
 
 from .arguments import Arguments
+from .rollouts import check_rollouts
 from .run import Command, task_datasets
 
 
@@ -39,15 +39,6 @@ def _prepare(arguments: Arguments, task: Any, tokenizer: PreTrainedTokenizerBase
     rewards = _rewards(arguments, task)
     data = task_datasets(arguments, lambda split: grpo_dataset(task, split, **arguments.task.chat))
     return {**data, "reward_funcs": rewards}
-
-
-def check_rollouts(training: GRPOConfig, peft_config: Any) -> None:
-    """Raises a `UsageError` if the rollouts would be the base's and not the adapter's."""
-    if training.use_vllm and isinstance(peft_config, (SteerConfig, JointSteerLoraConfig)):
-        raise UsageError(
-            "use_vllm: vLLM runs merged weights, and steering does not merge, so its rollouts would be the base's. "
-            "Remove it, or set `use_transformers_continuous_batching: true`"
-        )
 
 
 def _rewards(arguments: Arguments, task: Any) -> list[Callable | str]:

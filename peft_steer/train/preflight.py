@@ -10,6 +10,8 @@ from transformers import Trainer
 from peft_steer import steered_modules
 from peft_steer.utils.bitsandbytes import keep_unpacked
 
+from .rollouts import check_followed
+
 
 logger = logging.getLogger(__name__)
 _TOKENS = 32
@@ -24,13 +26,16 @@ def preflight(trainer: Trainer, text: str) -> None:
         text: whose first 32 tokens are the input.
 
     Raises:
-        RuntimeError: if nothing is trained, if the loss is not finite, or if the adapter's weights change no logits.
+        RuntimeError: if nothing is trained, if the loss is not finite, if the adapter's weights change no logits, or
+            if vLLM generates for a steered model that it does not follow.
     """
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise RuntimeError("Pre-flight: nothing is trained, no parameter requires a gradient.")
+    if followed := check_followed(trainer):
+        logger.info("Pre-flight: vLLM's rollouts follow %d edits.", followed)
     blocks = steered_modules(model)
     if trainer.accelerator.device.type != model.device.type or _is_zero3(trainer):
         logger.warning(

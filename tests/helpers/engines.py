@@ -18,7 +18,7 @@ VOCAB = 257  # a byte, or the end of the text
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # of 64s: bitsandbytes unpacks others wrongly on CPUs
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -43,10 +43,10 @@ ARCHITECTURES = {
     ),
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SMALL, **MOE, num_local_experts=4)),
     "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**SMALL)),
-    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SMALL)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**{**SMALL, "initializer_range": 0.1})),
     "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SMALL, **GEMMA3)),
-    "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**SMALL)),
-    "cohere2": lambda: tf.Cohere2ForCausalLM(tf.Cohere2Config(**SMALL)),
+    "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**SMALL, logit_scale=1.0)),
+    "cohere2": lambda: tf.Cohere2ForCausalLM(tf.Cohere2Config(**SMALL, logit_scale=1.0)),
     "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, residual_multiplier=0.5)),
     "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**SMALL, **OPT)),
 }

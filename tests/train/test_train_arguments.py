@@ -177,7 +177,7 @@ def test_a_recipe_that_is_none(tmp_path):
             {"per_device_train_batch_size": 3},
             "generation_batch_size (3) must be divisible by num_generations (8)",
         ),
-        (grpo, {"task": "list_max_min", "use_vllm": True}, "its rollouts would be the base's"),
+        (grpo, {"task": "list_max_min", "use_vllm": True}, "use_vllm: vLLM is not installed"),
         (dpo, {"task": "list_max_min"}, "task 'list_max_min' has no choices"),
         (sft, {"metadata": {"max_depth": 0}}, "max_depth=0"),
     ],

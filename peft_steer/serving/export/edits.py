@@ -42,7 +42,7 @@ def edits_of(model: PeftModel, adapter_name: str = "default") -> list[Edit]:
     edits = []
     for name, site in resolve_sites(base, config).items():
         layer = getattr(site.module, INPUT_CHILD if site.place == "heads" else CHILD)
-        edits.append(Edit(name, site.block, site.place, layer.steer_edit[adapter_name], layer.scaling[adapter_name]))
+        edits.append(Edit(name, site.block, site.place, layer.steer_edit[adapter_name], layer.strength(adapter_name)))
     return edits
 
 

@@ -65,8 +65,18 @@ class Adapter:
 
 def is_ours(directory: str) -> bool:
     """Whether it holds an adapter of this package."""
+    return _raw_config(directory).get("peft_type") in _TYPES
+
+
+def positions_of(directory: str) -> str:
+    """Which tokens the adapter in a directory edits, whatever its kind."""
+    config = _raw_config(directory)
+    return config.get("positions", "all") if config.get("peft_type") == "STEER" else "all"
+
+
+def _raw_config(directory: str) -> dict:
     file = Path(directory) / "adapter_config.json"
-    return file.is_file() and json.loads(file.read_text()).get("peft_type") in _TYPES
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def split_scale(path: str) -> tuple[str, float]:

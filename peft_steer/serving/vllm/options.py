@@ -71,7 +71,7 @@ def _check_sites(config: Any, asked: dict[str, Any]) -> None:
         )
     targets = config.lora_config.target_modules
     if targets is not None and "steering" not in targets:
-        raise ValueError("lora_target_modules: add 'steering', or the places of the edits are left out.")
+        raise ValueError("lora_target_modules: peft-steer: add 'steering', or the places of the edits are left out.")
 
 
 def _check_adapter(asked: dict[str, Any]) -> None:

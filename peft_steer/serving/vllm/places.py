@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_steer_vllm import ARCHITECTURES
+from peft_steer_vllm import ARCHITECTURES, CHECKPOINT_NAMES
 
 from .private import rename
 
@@ -28,7 +28,16 @@ class Places:
         self.convention, self.names = ARCHITECTURES[architecture]
         self.blocks = {name: m for name, m in model.named_modules() if _BLOCK.search(name)}
         self.model = model
-        self.name = rename(model)  # from transformers' name of a place to vLLM's
+        self._rename, self._in_checkpoints = rename(model), CHECKPOINT_NAMES.get(architecture, {})
+
+    def checkpoint_name(self, name: str) -> str:
+        """The name in checkpoints of what transformers calls `name`."""
+        path, dot, last = name.rpartition(".")
+        return path + dot + self._in_checkpoints.get(last, last)
+
+    def name(self, name: str) -> str:
+        """vLLM's name of what transformers calls `name`."""
+        return self._rename(self.checkpoint_name(name))
 
     def of_site(self, site: str) -> Iterator[str]:
         """vLLM's names of all the places of a site."""

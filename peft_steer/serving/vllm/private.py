@@ -85,9 +85,9 @@ def modules_with_slots(manager: WorkerLoRAManager) -> set[str]:
     return {part for parts in packed for part in parts}
 
 
-def wrap_token_mapping(select: Callable[[int, Any, int, int], Iterable[bool] | None]) -> None:
-    """Have `select(lora_id, first, n, prompt_length)` say which of a request's next `n` tokens, from index `first` on,
-    its adapter acts on; None for all of them."""
+def wrap_token_mapping(select: Callable[[Any, int, int, int], Iterable[bool] | None]) -> None:
+    """Have `select(request, first, n, prompt_length)` say which of the next `n` tokens, from index `first` on, the
+    adapter of a LoRA request acts on; None for all of them. The request's adapter may not be loaded yet."""
     original = InputBatch.make_lora_inputs
     if getattr(original, "is_ours", False):
         return
@@ -98,7 +98,8 @@ def wrap_token_mapping(select: Callable[[int, Any, int, int], Iterable[bool] | N
         for row in range(self.num_reqs):
             n, first = int(num_scheduled_tokens[row]), int(self.num_computed_tokens_cpu[row])
             adapter = int(self.request_lora_mapping[row])
-            mask = select(adapter, first, n, int(self.num_prompt_tokens[row])) if adapter else None
+            request = self.lora_id_to_lora_request.get(adapter)
+            mask = None if request is None else select(request, first, n, int(self.num_prompt_tokens[row]))
             if mask is not None:
                 chosen[start : start + n] = [adapter if here else 0 for here in mask]
             start += n

@@ -10,12 +10,12 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from peft_steer.positions.spec import Layout, select
 
 from . import private
-from .adapters import Adapter, is_ours, read, split_scale
+from .adapters import Adapter, is_ours, positions_of, read, split_scale
 from .layers import SlottedEdit, pack
-from .places import CHILD
+from .places import CHILD, Places
 
 
-_positions: dict[int, str] = {}  # by the id of an adapter, where that is not "all"
+_positions: dict[tuple[int, str], str] = {}  # by the id and the path of an adapter
 
 
 def open_slots() -> None:
@@ -45,7 +45,7 @@ def _load(manager: WorkerLoRAManager, request: Any) -> LoRAModel | None:
             f"{directory!r}: positions={adapter.positions!r}: a cached prefix may have been computed where another of "
             "its tokens was steered. Start the engine with enable_prefix_caching=False (--no-enable-prefix-caching)."
         )
-    lora = private.make_lora(manager, request, _tensors(adapter), adapter.rank)
+    lora = private.make_lora(manager, request, _tensors(adapter, steering.places), adapter.rank)
     missing = set(lora.loras) - private.modules_with_slots(manager)
     missing = {name for name in missing if ".experts" not in name}  # vLLM packs them under other names
     if missing:
@@ -53,25 +53,25 @@ def _load(manager: WorkerLoRAManager, request: Any) -> LoRAModel | None:
             f"{directory!r} acts at {min(missing)!r}, where the engine has no slots: it was opened for the sites "
             f"{steering.sites}" + (", or without that module among lora_target_modules." if adapter.lora else ".")
         )
-    _positions.pop(request.lora_int_id, None)
-    if adapter.positions != "all":
-        _positions[request.lora_int_id] = adapter.positions
+    _positions[request.lora_int_id, request.lora_path] = adapter.positions
     return lora
 
 
-def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+def _tensors(adapter: Adapter, places: Places) -> dict[str, torch.Tensor]:
     tensors = dict(adapter.lora)
     for name, form in adapter.forms.items():
-        key = f"base_model.model.{name}.{CHILD}"
+        key = f"base_model.model.{places.checkpoint_name(name)}.{CHILD}"
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = pack(form)
     return tensors
 
 
-def _select(adapter: int, first: int, n: int, prompt_length: int) -> list[bool] | None:
-    """Which of the tokens `first` to `first + n` of a sequence an adapter edits."""
-    positions = _positions.get(adapter)
-    if positions is None:
+def _select(request: Any, first: int, n: int, prompt_length: int) -> list[bool] | None:
+    """Which of the tokens `first` to `first + n` of a sequence the adapter of a request edits."""
+    key = request.lora_int_id, request.lora_path
+    if key not in _positions:  # vLLM maps the tokens of a batch before it loads what the batch needs
+        _positions[key] = positions_of(get_adapter_absolute_path(split_scale(request.lora_path)[0]))
+    if _positions[key] == "all":
         return None
     index = torch.arange(first, first + n)[None]
     layout = Layout(index, torch.full_like(index, prompt_length), torch.ones_like(index, dtype=torch.bool))
-    return select(positions, layout)[0].tolist()
+    return select(_positions[key], layout)[0].tolist()

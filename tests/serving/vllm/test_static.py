@@ -15,6 +15,8 @@ CASES = {
     "compiled_loreft": ("qwen3", {"kind": "loreft", "site": ["block", "mlp"]}, 1.0),
     "vector": ("llama", {"kind": "vector"}, 1.0),
     "mixed_units": ("llama", {"kind": "noreft", "activation": "tanh", "site": "attention"}, 0.7),
+    "qwen3_moe": ("qwen3_moe", {"kind": "loreft", "site": ["block", "mlp", "attention"]}, 1.0),
+    "mixtral": ("mixtral", {"kind": "loreft", "site": ["block", "mlp", "attention"]}, 1.0),
     "some_blocks": ("gemma3", {"kind": "linear", "use_bias": True, "site": "mlp", "layers_to_transform": [1]}, -1.5),
 }
 
@@ -68,7 +70,7 @@ def refused(base: str, asked: object, **engine: object) -> str:
     arguments = EngineArgs(
         model=base, skip_tokenizer_init=True, max_model_len=64, additional_config={"peft_steer": asked}, **engine
     )
-    with pytest.raises(ValueError, match=r".") as error:
+    with pytest.raises(ValueError, match=r"peft.steer") as error:
         arguments.create_engine_config()
     return str(error.value)
 
@@ -81,10 +83,12 @@ def test_options(base, tmp_path):
     assert "exactly one of" in refused(base, {"adapter": adapter, "sites": ["block"]})
     assert "['sites']=['head']" in refused(base, {"sites": ["head"]}, enable_lora=True)
     assert "enable_lora=True" in refused(base, {"sites": ["block"]})
-    assert "add 'steering'" in refused(base, {"sites": ["block"]}, enable_lora=True, lora_target_modules=["q_proj"])
+    assert "peft-steer: add 'steering'" in refused(
+        base, {"sites": ["block"]}, enable_lora=True, lora_target_modules=["q_proj"]
+    )
     assert "['scale']='big'" in refused(base, {"adapter": adapter, "scale": "big"})
     assert "there is no file" in refused(base, {"adapter": str(tmp_path / "nowhere")})
-    assert "tensor_parallel_size=2" in refused(base, {"adapter": adapter}, tensor_parallel_size=2)
+    assert "tensor_parallel_size=2: peft-steer" in refused(base, {"adapter": adapter}, tensor_parallel_size=2)
 
 
 def test_an_architecture_that_is_not_in_the_table_is_refused(tmp_path):

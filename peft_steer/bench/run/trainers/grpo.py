@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_steer.evaluation.datasets import grpo_dataset
-from peft_steer.train.grpo import check_rollouts, reward
+from peft_steer.train.grpo import reward
+from peft_steer.train.rollouts import check_rollouts
 from peft_steer.utils.devices import has_accelerator
 
 from ...grid.plan import Cell
