@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_steer.utils.recipes import find_recipe
+
 
 if TYPE_CHECKING:
     from .grid.plan import Contender, Grid
@@ -29,6 +31,7 @@ def main(argv: list[str]) -> int:
         help="also write what PEFT's method comparison reads: results, experiments",
     )
     args = parser.parse_args(argv)
+    args.grid = find_recipe(str(args.grid))
 
     from .engines import make_engine
     from .engines.base import EngineError

@@ -19,6 +19,7 @@ COMMANDS = {
         "peft_steer.analysis.distill.command",
         "turn a fine-tuned model or an adapter into a steering adapter",
     ),
+    "recipes": ("peft_steer.commands.recipes", "list the recipes that ship, or copy one"),
     "tasks": ("peft_steer.commands.tasks", "list the tasks that ship, with splits and licences, or show one"),
     "lm-eval": ("peft_steer.commands.lm_eval", "lm-evaluation-harness, knowing our adapters and tasks"),
 }
