@@ -1,4 +1,4 @@
-"""The recipes that ship: beside the package in an installed wheel (`setup.py` puts them there), at the root of a checkout."""
+"""The recipes that ship: inside the package in a wheel (`setup.py` puts them there), at the root of a checkout."""
 
 from pathlib import Path
 
