@@ -46,6 +46,7 @@ def test_code_blocks_are_python(block):
     compile(block, "block", "exec")
 
 
+@pytest.mark.slow
 def test_the_readme_runs_as_written(tiny_llama, tmp_path):
     """Its program, in a process of its own, with the tiny model in the place of the hub's."""
     base = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"

@@ -56,6 +56,7 @@ def run(python: Path, *arguments: str, folder: Path) -> subprocess.CompletedProc
     return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="looks for bin/python")
 def test_the_wheel_runs_its_recipes(installed, tmp_path, tiny_llama):
     listed = run(installed, "recipes", folder=tmp_path)
