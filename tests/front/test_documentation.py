@@ -81,3 +81,11 @@ def test_messages_in_troubleshooting_are_still_raised():
         parts = [part.strip(" ='`") for part in re.split(r"…", row)]
         words = max((re.sub(r"[`'\"]", "", part) for part in parts), key=len)
         assert words in squeezed, row
+
+
+def test_files_that_pages_name_exist():
+    for page in (ROOT / "README.md", *PAGES):
+        for path in re.findall(
+            r"(?<![\w/])((?:tests|recipes|peft_steer|examples)/[\w./-]+\.(?:py|yaml|ipynb))", page.read_text()
+        ):
+            assert "NAME" in path or (ROOT / path).is_file(), f"{page.name}: {path}"
