@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test vllm-test lint peft-suite gpu-check browser clean
+.PHONY: demo test vllm-test lint peft-suite gpu-check browser docs clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
@@ -50,6 +50,15 @@ gpu-check: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
+# An environment of its own: the sources are read, not imported. A broken link, or a page outside the navigation, fails.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+
+.venv-docs/.ready: mkdocs.yml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -c constraints.txt mkdocs-material "mkdocstrings[python]"
+	touch $@
+
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Choose another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +76,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) results
+	rm -rf $(VENV) $(VLLM) .venv-docs site results

@@ -44,6 +44,7 @@ COMMANDS = {
         "peft_steer.analysis.distill.command:main",
         "distill",
     ),
+    "recipes": Command("list the recipes that ship, or copy one", "peft_steer.commands.recipes:main"),
     "tasks": Command(
         "list the tasks that ship, with splits and licences, or show one", "peft_steer.commands.tasks:run", "tasks"
     ),

@@ -13,6 +13,7 @@ from peft_steer.evaluation.splits import complete_splits
 from peft_steer.evaluation.tasks import evaluate_on, load_task
 from peft_steer.utils.errors import UsageError
 from peft_steer.utils.hub import find_model
+from peft_steer.utils.recipes import find_recipe
 
 from .engines import make_engine
 from .engines.base import EngineError
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         UsageError: If the grid cannot be run as written.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
+    args.grid = find_recipe(str(args.grid))
     directory = args.output or Path("results") / args.grid.stem
     grid = _with_sources(load_grid(args.grid, model=args.model))
     tasks = _tasks(grid)

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config
 
 import peft_steer
 from peft_steer.utils.errors import UsageError, suggest, usage_errors
+from peft_steer.utils.recipes import find_recipe
 from peft_steer.utils.yaml import parse_yaml, read_yaml
 
 
@@ -111,6 +113,7 @@ def parse(argv: list[str], prog: str, script_cls: type, training_cls: type) -> A
         UsageError: if there is no such recipe.
     """
     argv = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    argv = _with_shipped(argv)
     recipe = _recipe(argv)
     config_cls = _config_class(argv, recipe)
     adapter_parser = _adapter_parser(config_cls)
@@ -145,6 +148,11 @@ def parse(argv: list[str], prog: str, script_cls: type, training_cls: type) -> A
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def _with_shipped(argv: list[str]) -> list[str]:
+    """The arguments with the path of a recipe that ships in the place of its name."""
+    return [str(find_recipe(word)) if before == "--config" else word for before, word in pairwise(["", *argv])]
 
 
 def _recipe(argv: list[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def make_card(trainer: Trainer, trainer_name: str, base: str, data: str) -> Mode
         library_name="peft" if config else "transformers",
         base_model=base if on_hub else None,
         pipeline_tag="text-generation",
-        tags=["peft-steer", trainer_name, *([f"base_model:adapter:{base}"] if config and on_hub else [])],
+        tags=["peft-steer", "trl", trainer_name, *_adapter_tags(config, base if on_hub else None)],
     )
     return ModelCard.from_template(
         card_data,
@@ -46,6 +46,14 @@ def make_card(trainer: Trainer, trainer_name: str, base: str, data: str) -> Mode
         version=peft_steer.__version__,
         is_adapter=config is not None,
     )
+
+
+def _adapter_tags(config: Any, hub_id: str | None) -> list[str]:
+    """What the hub finds an adapter by: its type, and the base that it belongs to."""
+    if config is None:
+        return []
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", "-")
+    return [kind, *([f"base_model:adapter:{hub_id}"] if hub_id else [])]
 
 
 def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:

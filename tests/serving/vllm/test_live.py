@@ -1,4 +1,4 @@
-"""Following a server whose structure is compared with that of the model in training. (No server: pushing needs GPUs.)"""
+"""Following a server whose structure is compared with that of the model in training; pushing to it needs GPUs."""
 
 import pytest
 from engines import load, save_adapter, save_model
