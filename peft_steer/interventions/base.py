@@ -15,6 +15,11 @@ from .options import Option
 from .precision import KeepsPrecision
 
 
+Device = torch.device | str | None
+Dtype = torch.dtype | None
+Affine = tuple[torch.Tensor | None, torch.Tensor | None] | None  # `(M, v)` of `dh = M h + v`
+
+
 class EditConfig(Protocol):
     """What every kind reads of a configuration; a kind's own fields are its `options`."""
 
@@ -94,7 +99,7 @@ class Intervention(KeepsPrecision):
         """`h + scale * dh`, shape `(..., d)`, in the dtype of `h`."""
         return torch.add(h, self.delta(h), alpha=scale)
 
-    def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    def affine(self) -> Affine:
         """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or
         None if the edit is not an affine function of `h`."""
         return None

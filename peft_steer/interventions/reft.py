@@ -5,12 +5,13 @@ unconstrained `W2` in its place. Each starts at `dh = 0` exactly, in every dtype
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Intervention, at_least_float32
+from .base import Affine, Device, Dtype, Intervention, at_least_float32
 from .low_rank import ACTIVATIONS, low_rank_edit
 
 
@@ -25,7 +26,7 @@ class Loreft(Intervention):
     matrix is orthonormal exactly, in every dtype, so that casting the adapter does not disturb `dh = 0` either.
     """
 
-    def __init__(self, d: int, r: int, init_weights: bool = True, device=None, dtype=None):
+    def __init__(self, d: int, r: int, init_weights: bool = True, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.V = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
         self.W = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
@@ -52,7 +53,8 @@ class Loreft(Intervention):
         """The orthonormal rows, `(r, d)`, float32 (float64 if the parameters are)."""
         V = at_least_float32(self.V)
         with torch.autocast(V.device.type, enabled=False):
-            return torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
+            rows: torch.Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
+            return rows
 
     @R.setter
     def R(self, rows: torch.Tensor) -> None:
@@ -71,7 +73,7 @@ class Loreft(Intervention):
         R = self.R
         return low_rank_edit(h, self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
 
-    def affine(self):
+    def affine(self) -> Affine:
         R = self.R
         return R.t() @ (self.W.to(R.dtype) - R), R.t() @ self.b.to(R.dtype)
 
@@ -85,14 +87,14 @@ class Direft(Loreft):
     activations = tuple(ACTIVATIONS)
 
     @classmethod
-    def check_config(cls, config):
+    def check_config(cls, config: Any) -> None:
         if config.activation == "relu":
             raise ValueError(
                 f"`activation='relu'` contradicts `kind={config.kind!r}`: it starts at `f(0)`, where relu's gradient "
                 "is zero, and would never leave it. Choose another activation, or `kind='nodireft'`."
             )
 
-    def __init__(self, *args, activation: str | None = None, **kwargs):
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.activation = activation
 
@@ -110,7 +112,7 @@ class Direft(Loreft):
         W, b = self.W.to(R.dtype), self.b.to(R.dtype)
         return low_rank_edit(h, W, R.t(), c=b, scale=scale, activation=self.activation)
 
-    def affine(self):
+    def affine(self) -> Affine:
         if self.activation:
             return None
         R = self.R
@@ -126,7 +128,13 @@ class Nodireft(Intervention):
     activations = tuple(ACTIVATIONS)
 
     def __init__(
-        self, d: int, r: int, activation: str | None = None, init_weights: bool = True, device=None, dtype=None
+        self,
+        d: int,
+        r: int,
+        activation: str | None = None,
+        init_weights: bool = True,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         self.activation = activation
@@ -150,7 +158,7 @@ class Nodireft(Intervention):
     def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         return low_rank_edit(h, self.W1, self.W2.t(), c=self.b, scale=scale, activation=self.activation)
 
-    def affine(self):
+    def affine(self) -> Affine:
         if self.activation:
             return None
         W2 = at_least_float32(self.W2)
@@ -174,7 +182,7 @@ class Noreft(Nodireft):
         with torch.autocast(h.device.type, enabled=False):
             return Intervention.forward(self, h, scale)
 
-    def affine(self):
+    def affine(self) -> Affine:
         if self.activation:
             return None
         W2 = at_least_float32(self.W2)

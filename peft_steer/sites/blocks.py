@@ -6,7 +6,9 @@ the (text) decoder or encoder.
 
 import re
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import match_target_against_key
 from torch import nn
@@ -37,9 +39,10 @@ def text_stacks(model: nn.Module) -> list[str]:
     """
     roots = [model]
     if hasattr(model, "get_decoder"):
-        roots = [model.get_decoder()]
+        transformer: Any = model
+        roots = [transformer.get_decoder()]
         if getattr(model.config, "is_encoder_decoder", False):
-            roots.insert(0, model.get_encoder())
+            roots.insert(0, transformer.get_encoder())
     names = {id(module): name for name, module in model.named_modules()}
     stacks = []
     for root in roots:
@@ -103,11 +106,11 @@ def hidden_size(model: nn.Module, name: str, default: int | None = None) -> int:
     """
     module, above = model.get_submodule(name), name
     while True:
-        config = getattr(model.get_submodule(above), "config", None)
+        config: Any = getattr(model.get_submodule(above), "config", None)
         if hasattr(config, "get_text_config") and not hasattr(config, "hidden_size"):
             config = config.get_text_config()
         if hasattr(config, "hidden_size"):
-            return config.hidden_size
+            return int(config.hidden_size)
         if not above:
             break
         above = above.rpartition(".")[0]
@@ -123,9 +126,9 @@ def hidden_size(model: nn.Module, name: str, default: int | None = None) -> int:
 def _width_of(module: nn.Module) -> int | None:
     """The width that a module reads and returns: its norms', or its first and last linear layer's, if they agree."""
     norms = {
-        m.weight.numel()
+        weight.numel()
         for m in module.modules()
-        if "norm" in type(m).__name__.lower() and getattr(m, "weight", None) is not None
+        if "norm" in type(m).__name__.lower() and isinstance(weight := getattr(m, "weight", None), torch.Tensor)
     }
     if len(norms) == 1:
         return norms.pop()
@@ -141,12 +144,12 @@ def _nearest_stack(root: nn.Module) -> nn.ModuleList | nn.Sequential | None:
     while level:
         stacks = [m for m in level if _is_stack(m)]
         if stacks:
-            return max(stacks, key=len)
+            return max(stacks, key=lambda stack: len(stack))
         level = [child for module in level for child in module.children()]
     return None
 
 
-def _is_stack(module: nn.Module) -> bool:
+def _is_stack(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
     """Whether it is a list of composite modules; one that runs its elements itself, only if they are of one class."""
     if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not all(list(m.children()) for m in module):
         return False
@@ -155,11 +158,11 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module, stack: str) -> list[Block]:
-    return [Block(f"{stack}.{i}", i, stack, module) for i, module in enumerate(model.get_submodule(stack))]
+    return [Block(f"{stack}.{i}", i, stack, module) for i, module in enumerate(model.get_submodule(stack).children())]
 
 
-def _targeted(model: nn.Module, target_modules) -> list[Block]:
-    stacks = []
+def _targeted(model: nn.Module, target_modules: list[str] | set[str] | str) -> list[Block]:
+    stacks: list[str] = []
     for name, module in model.named_modules():
         if _is_stack(module) and not any(name.startswith(f"{outer}.") for outer in stacks):
             stacks.append(name)
