@@ -171,7 +171,7 @@ def of_call(inputs: dict[str, Any], past: int | torch.Tensor, generates: bool) -
 
 
 def _valid(inputs: dict[str, Any], x: torch.Tensor, past: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the pass's tokens are no padding, and how many tokens of their row precede them, both `(batch,
+    """Where the pass's tokens are not padding, and how many tokens of their row precede them, both `(batch,
     tokens)`."""
     batch, tokens = x.shape[:2]
     mask = inputs.get("attention_mask")

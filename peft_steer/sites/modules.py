@@ -83,7 +83,7 @@ def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
 
 
 def mlp_name(block: Block) -> str | None:
-    """Name, in `block`, of the MLP itself, without a norm that follows it; None if it is no module of its own (OPT,
+    """Name, in `block`, of the MLP itself, without a norm that follows it; None if it is not a module of its own (OPT,
     BERT)."""
     name = _find(block.module, _MLP)
     return None if name is None or _is_linear(block.module, name) else name
