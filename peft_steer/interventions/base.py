@@ -6,15 +6,21 @@ intervention is called as `edit(h, scale)` and returns the steered state; `edit.
 no copy of `h` is made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
+from typing_extensions import Self
 
 from .low_rank_form import LowRankForm
 from .options import Option
 from .precision import KeepsPrecision
 from .prepared import Prepared, Tensors, can_be_watched, reads_what_is_kept
+
+
+Device = torch.device | str | None
+Dtype = torch.dtype | None
+Affine = tuple[torch.Tensor | None, torch.Tensor | None] | None  # `(M, v)` of `dh = M h + v`
 
 
 class EditConfig(Protocol):
@@ -129,22 +135,22 @@ class Intervention(KeepsPrecision):
         """The tensors that the edit is made of."""
         return [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         self._prepared = None
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self._prepared = None
         return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict:  # for copies and files
+    def __getstate__(self) -> dict[str, Any]:  # for copies and files
         return {name: x for name, x in self.__dict__.items() if name != "_prepared"}
 
     def acting_parameters(self) -> int:
         """How many of the trained parameters have an effect."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    def affine(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    def affine(self) -> Affine:
         """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or
         None if the edit is not an affine function of `h`."""
         return None

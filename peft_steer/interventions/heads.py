@@ -4,11 +4,14 @@
 `z_i' = (1 + a_i) * z_i + v_i`, with vectors of `head_dim`; the methods differ in how `a` and `v` are trained.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .optimizer_hooks import Group, SteppedEdit, refuse_flat
+from .base import Affine, Device, Dtype, EditConfig, Intervention
+from .optimizer_hooks import Group, SteppedEdit, Update, refuse_flat
 from .prepared import Tensors
 
 
@@ -16,14 +19,14 @@ class _EditHeads(torch.autograd.Function):
     """`z + scale * (a * z + v)`, computed in float32 or better, keeping `z` as it is for the gradient of `a`."""
 
     @staticmethod
-    def forward(ctx, z, a, v, scale):
+    def forward(ctx: Any, z: torch.Tensor, a: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, a)
         ctx.scale = scale
         return _plain_edit(z, a, v, scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, a = ctx.saved_tensors
         need_z, need_a, need_v, _ = ctx.needs_input_grad
         grad = grad_out.reshape(-1, a.numel()).to(a.dtype)
@@ -62,15 +65,26 @@ class HeadEdit(SteppedEdit):
 
     has_rank = False
     edits_heads = True
+    steps: torch.Tensor
 
     @classmethod
-    def build(cls, config, width, rank, head_dim=None, group=None, **kwargs):
+    def build(
+        cls,
+        config: EditConfig,
+        width: int,
+        rank: int,
+        head_dim: int | None = None,
+        group: Group | None = None,
+        **kwargs: Any,
+    ) -> Intervention:
         if head_dim is None:
             raise ValueError(f"`kind={config.kind!r}` edits attention heads, and their width is not known here.")
-        sizes = (width // head_dim, head_dim)
-        return cls(*sizes, group, init_weights=config.init_weights, **cls.arguments(config), **kwargs)
+        settings = {"init_weights": config.init_weights, **cls.arguments(config), **kwargs}
+        return cls(width // head_dim, head_dim, group, **settings)
 
-    def __init__(self, num_heads: int, head_dim: int, group: Group | None = None, device=None, dtype=None):
+    def __init__(
+        self, num_heads: int, head_dim: int, group: Group | None = None, device: Device = None, dtype: Dtype = None
+    ):
         super().__init__(group)
         self.A = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
         self.v = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
@@ -94,7 +108,7 @@ class HeadEdit(SteppedEdit):
             refuse_flat("A", self.A)
         a, v = (x.flatten() for x in self.acting())
         if torch.is_grad_enabled() and any(x.requires_grad for x in (h, a, v)):
-            return _EditHeads.apply(h, a, v, scale)
+            return cast(torch.Tensor, _EditHeads.apply(h, a, v, scale))
         return _plain_edit(h, a, v, scale)
 
     def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:
@@ -104,13 +118,13 @@ class HeadEdit(SteppedEdit):
     def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
         return _scaled_edit(h, *prepared)
 
-    def affine(self):
+    def affine(self) -> Affine:
         training, self.training = self.training, False
         a, v = (x.flatten() for x in self.acting())
         self.training = training
         return torch.diag(a), v
 
     @staticmethod
-    def after_step(edits, update) -> None:
+    def after_step(edits: list[Any], update: Update) -> None:
         for edit in edits:
             edit.steps += 1

@@ -5,12 +5,14 @@ Constants are the paper's and its code's: the gate is a sigmoid of temperature `
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from .base import at_least_float32
+from .base import Device, Dtype, at_least_float32
 from .heads import HeadEdit
+from .optimizer_hooks import Group, Update
 
 
 GAMMA, ZETA, BETA, EPS = -0.1, 1.1, 0.33, 1e-6
@@ -49,11 +51,19 @@ class Jola(HeadEdit):
     with `lambda = 0.1 exp(-0.01 t)` after `t` optimizer steps.
 
     Args:
-        args, kwargs: those of [`HeadEdit`].
+        num_heads, head_dim, group: as [`HeadEdit`]'s.
     """
 
-    def __init__(self, num_heads: int, *args, init_weights: bool = True, device=None, dtype=None, **kwargs):
-        super().__init__(num_heads, *args, device=device, dtype=dtype, **kwargs)
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        group: Group | None = None,
+        init_weights: bool = True,
+        device: Device = None,
+        dtype: Dtype = None,
+    ):
+        super().__init__(num_heads, head_dim, group, device=device, dtype=dtype)
         self.log_g1 = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.log_g2 = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         # Never called. Whoever turns dropout off (TRL's `disable_dropout`) turns off the gates' randomness as well.
@@ -73,12 +83,12 @@ class Jola(HeadEdit):
         gate = training_gate if draws else evaluation_gate
         return gate(at_least_float32(self.log_g1)), gate(at_least_float32(self.log_g2))
 
-    def acting(self):
+    def acting(self) -> tuple[torch.Tensor, torch.Tensor]:
         g1, g2 = self.gates()
         return g2[:, None] * at_least_float32(self.A), g1[:, None] * at_least_float32(self.v)
 
     @staticmethod
-    def before_step(edits, update) -> None:
+    def before_step(edits: list[Any], update: Update) -> None:
         weight = LAMBDA * math.exp(-DECAY * edits[0].steps.item())
         for edit in edits:
             heads = len(edit.A)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,6 +30,7 @@ class Lofit(HeadEdit):
         args, kwargs: those of [`HeadEdit`].
     """
 
+    selected: torch.Tensor
     options: ClassVar[Mapping[str, Option]] = {
         "num_heads": Option(None, check_count),
         "selection_step": Option(100, check_count),
@@ -37,7 +38,7 @@ class Lofit(HeadEdit):
     }
 
     @classmethod
-    def arguments(cls, config):
+    def arguments(cls, config: Any) -> dict[str, Any]:
         return {
             "chosen": config.num_heads,
             "selection_step": config.selection_step,
@@ -45,14 +46,14 @@ class Lofit(HeadEdit):
         }
 
     @classmethod
-    def check_heads(cls, config, total):
+    def check_heads(cls, config: Any, total: int) -> None:
         if config.num_heads is not None and config.num_heads > total:
             raise ValueError(
                 f"`num_heads={config.num_heads}` cannot be chosen: the targeted blocks have {total} heads."
             )
 
     @classmethod
-    def before_saving(cls, config, tensors):
+    def before_saving(cls, config: Any, tensors: dict[str, torch.Tensor]) -> None:
         steps = max((int(x) for key, x in tensors.items() if key.endswith(".steps")), default=0)
         if steps < config.selection_step:
             logger.warning(
@@ -63,14 +64,20 @@ class Lofit(HeadEdit):
             )
 
     def __init__(
-        self, *args, chosen: int | None, selection_step: int, l1_lambda: float, init_weights: bool = True, **kwargs
+        self,
+        *args: Any,
+        chosen: int | None,
+        selection_step: int,
+        l1_lambda: float,
+        init_weights: bool = True,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.chosen, self.selection_step, self.l1_lambda = chosen, selection_step, l1_lambda
         self.register_buffer("selected", torch.ones(len(self.A), dtype=torch.bool, device=self.steps.device))
         self.reset_parameters(init_weights)
 
-    def acting(self):
+    def acting(self) -> tuple[torch.Tensor, torch.Tensor]:
         # By multiplication, not by a branch: every parameter has a gradient in both stages, which DDP insists on, and
         # the stage need not be read from the device.
         first = self.steps < self.selection_step
@@ -83,13 +90,13 @@ class Lofit(HeadEdit):
         return int(self.selected.sum()) * self.v.shape[1]
 
     @staticmethod
-    def before_step(edits, update) -> None:
+    def before_step(edits: list[Any], update: Update) -> None:
         if edits[0].steps.item() < edits[0].selection_step:
             for edit in edits:
                 update.add_gradient(edit.A, edit.l1_lambda * edit.A.sign())
 
     @staticmethod
-    def after_step(edits, update) -> None:
+    def after_step(edits: list[Any], update: Update) -> None:
         HeadEdit.after_step(edits, update)
         if edits[0].steps.item() == edits[0].selection_step:
             _select(edits, update)

@@ -1,6 +1,7 @@
 """The paper's equations (arXiv 2603.00425, section 3): a fixed vector, and a low-rank edit, linear or nonlinear."""
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
-from .base import Intervention, at_least_float32
-from .low_rank_form import low_rank_form
+from .base import Affine, Device, Dtype, Intervention, at_least_float32
+from .low_rank_form import LowRankForm, low_rank_form
 from .prepared import Tensors
 
 
@@ -19,22 +20,31 @@ ACTIVATIONS = {name: ACT2FN[name] for name in ("silu", "relu", "gelu", "tanh")}
 
 
 def _activation_backward(name: str | None, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    aten: Any = torch.ops.aten
     if name is None:
         return grad
-    if name == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
-    if name == "relu":
-        return torch.ops.aten.threshold_backward(grad, z, 0)
-    if name == "gelu":
-        return torch.ops.aten.gelu_backward(grad, z)
-    return torch.ops.aten.tanh_backward(grad, torch.tanh(z))
+    backward = {
+        "silu": lambda: aten.silu_backward(grad, z),
+        "relu": lambda: aten.threshold_backward(grad, z, 0),
+        "gelu": lambda: aten.gelu_backward(grad, z),
+        "tanh": lambda: aten.tanh_backward(grad, torch.tanh(z)),
+    }
+    return cast(torch.Tensor, backward[name]())
 
 
-def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
-def _plain_edit(h, W_down, W_up, c, b, scale, activation):
+def _plain_edit(
+    h: torch.Tensor,
+    W_down: torch.Tensor,
+    W_up: torch.Tensor,
+    c: torch.Tensor | None,
+    b: torch.Tensor | None,
+    scale: float,
+    activation: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The edit, and the tensor of width `r` that its derivative needs."""
     rows = h.reshape(-1, h.shape[-1])
     z = torch.mm(rows, W_down.t()) if c is None else torch.addmm(c, rows, W_down.t())
@@ -55,15 +65,25 @@ class _LowRankEdit(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, W_down, W_up, c, b, scale, activation):
-        out, z = _plain_edit(h, *_cast(h.dtype, W_down, W_up, c, b), scale, activation)
+    def forward(
+        ctx: Any,
+        h: torch.Tensor,
+        W_down: torch.Tensor,
+        W_up: torch.Tensor,
+        c: torch.Tensor | None,
+        b: torch.Tensor | None,
+        scale: float,
+        activation: str | None,
+    ) -> torch.Tensor:
+        down, up, inner, outer = _cast(h.dtype, W_down, W_up, c, b)
+        out, z = _plain_edit(h, down, up, inner, outer, scale, activation)
         ctx.save_for_backward(out, z, W_down, W_up, b)
         ctx.scale, ctx.activation = scale, activation
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         out, z, W_down, W_up, b = ctx.saved_tensors
         scale, activation, dtype = ctx.scale, ctx.activation, out.dtype
         need_h, need_down, need_up, need_c, need_b = ctx.needs_input_grad[:5]
@@ -117,8 +137,9 @@ def low_rank_edit(
             return low_rank_edit(h, W_down, W_up, c, b, scale, activation)
     weights = (W_down, W_up, c, b)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, *weights)):
-        return _LowRankEdit.apply(h, *weights, scale, activation)
-    return _plain_edit(h, *_cast(h.dtype, *weights), scale, activation)[0]
+        return cast(torch.Tensor, _LowRankEdit.apply(h, *weights, scale, activation))
+    down, up, inner, outer = _cast(h.dtype, *weights)
+    return _plain_edit(h, down, up, inner, outer, scale, activation)[0]
 
 
 class FixedVector(Intervention):
@@ -126,7 +147,7 @@ class FixedVector(Intervention):
 
     has_rank = False
 
-    def __init__(self, d: int, init_weights: bool = True, device=None, dtype=None):
+    def __init__(self, d: int, init_weights: bool = True, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.v = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
         self.reset_parameters(init_weights)
@@ -146,10 +167,10 @@ class FixedVector(Intervention):
     def infer(self, h: torch.Tensor, prepared: Tensors, scale: float) -> torch.Tensor:
         return torch.add(h, prepared[0], alpha=scale)
 
-    def affine(self):
+    def affine(self) -> Affine:
         return None, at_least_float32(self.v)
 
-    def low_rank(self, scale=1.0):
+    def low_rank(self, scale: float = 1.0) -> LowRankForm:
         d = len(self.v)
         return low_rank_form(self.v.new_empty(0, d), self.v.new_empty(d, 0), v=self.v, scale=scale)
 
@@ -194,7 +215,7 @@ class LowRank(LowRankEdit):
     """
 
     @classmethod
-    def arguments(cls, config):
+    def arguments(cls, config: Any) -> dict[str, Any]:
         return {"activation": config.activation, "use_bias": config.use_bias}
 
     def __init__(
@@ -204,8 +225,8 @@ class LowRank(LowRankEdit):
         activation: str | None = None,
         use_bias: bool = False,
         init_weights: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         self.activation = activation
@@ -239,13 +260,13 @@ class LowRank(LowRankEdit):
     def factors(self, dtype: torch.dtype) -> Factors:
         return self.W_read, self.W_up, None, self.b
 
-    def affine(self):
+    def affine(self) -> Affine:
         if self.activation:
             return None
         M = at_least_float32(self.W_up) @ at_least_float32(self.W_read)
         return M, None if self.b is None else at_least_float32(self.b)
 
-    def low_rank(self, scale=1.0):
+    def low_rank(self, scale: float = 1.0) -> LowRankForm:
         return low_rank_form(self.W_read, self.W_up, v=self.b, activations=self.activation, scale=scale)
 
 

@@ -32,7 +32,7 @@ class LowRankForm:
         found = {"A": self.A, "B": self.B, "c": self.c, "v": self.v}
         return {name: x for name, x in found.items() if x is not None and x.numel()}
 
-    def delta(self, h: torch.Tensor, functions: dict[str, Callable]) -> torch.Tensor:
+    def delta(self, h: torch.Tensor, functions: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
         """`B f(A h + c) + v`, given the functions by name."""
         z = F.linear(h, self.A, self.c)
         columns = [functions[name](x) if name else x for name, x in zip(self.activations, z.unbind(-1), strict=True)]
@@ -57,7 +57,8 @@ def low_rank_form(
     """
     if not isinstance(activations, tuple):
         activations = (activations,) * len(A)
-    A, B, c, v = (x if x is None else x.detach().float() for x in (A, B, c, v))
+    A, B = A.detach().float(), B.detach().float()
+    c, v = (x if x is None else x.detach().float() for x in (c, v))
     if c is not None and not any(activations):
         v, c = B @ c + (0 if v is None else v), None
     return LowRankForm(A.contiguous(), (scale * B).contiguous(), c, v if v is None else scale * v, activations)

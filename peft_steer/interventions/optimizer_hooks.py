@@ -12,6 +12,7 @@ where they overflowed. torch tells such an optimizer so in `optimizer.grad_scale
 
 import weakref
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from .base import Intervention
 class Group:
     """Stands for the edits of one adapter in one model; a copy of the model has a group of its own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.size = 0
 
 
@@ -42,7 +43,7 @@ class SteppedEdit(Intervention):
         self.group.size += 1
         _live.add(self)
 
-    def __setstate__(self, state: dict) -> None:  # of a copy, or after unpickling
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or after unpickling
         super().__setstate__(state)
         _live.add(self)
 
@@ -133,7 +134,9 @@ def _before(update: Update) -> None:
         edits[0].before_step(edits, update)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not _live:
         return None
     update = Update(optimizer)
@@ -147,7 +150,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
         _before(update)
         return None
 
-    def with_penalty():  # the gradients are made within the step, several times perhaps
+    def with_penalty() -> Any:  # the gradients are made within the step, several times perhaps
         loss = closure()
         _before(update)
         return loss
@@ -158,7 +161,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
 
 
 @torch.no_grad()
-def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _live:
         return
     update = Update(optimizer)

@@ -1,7 +1,11 @@
 """An edit's parameters keep the precision they were given, whatever a trainer does to `parameter.data`."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import nn
+from typing_extensions import Self
 
 
 class KeepsPrecision(nn.Module):
@@ -30,7 +34,7 @@ class KeepsPrecision(nn.Module):
             if kept is not None and _is_cast_of(p, kept):
                 p.data = kept
             elif kept is None or kept.data_ptr() != p.data_ptr() or kept.dtype != p.dtype:
-                p._kept = p.data
+                p.__dict__["_kept"] = p.data
 
     def accept_precision(self) -> None:
         """Keep the parameters as they are now, narrowed or not."""
@@ -43,30 +47,30 @@ class KeepsPrecision(nn.Module):
         super().register_parameter(name, param)
         self.keep_precision()
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self.keep_precision()
         super()._apply(fn, recurse)
         self.accept_precision()
         return self
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         self.keep_precision()
         return super().train(mode)
 
-    def named_parameters(self, *args, **kwargs):
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         self.keep_precision()
         return super().named_parameters(*args, **kwargs)
 
-    def _save_to_state_dict(self, *args, **kwargs):
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.keep_precision()
         super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.keep_precision()
         super()._load_from_state_dict(*args, **kwargs)
         self.keep_precision()
 
-    def __setstate__(self, state: dict) -> None:  # of a copy, whose parameters are new ones
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, whose parameters are new ones
         super().__setstate__(state)
         self.accept_precision()
 

@@ -7,13 +7,14 @@ address of the data, and by counting optimizer steps, since fused optimizers do 
 """
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-Tensors = tuple[torch.Tensor | None, ...]
+Tensors = tuple[Any, ...]  # tensors, or None where the edit has none
 _optimizer_steps = 0
 
 
@@ -28,7 +29,7 @@ register_optimizer_step_post_hook(_count_step)
 class Prepared:
     """Tensors made of others, and what these were then."""
 
-    def __init__(self, key: tuple, sources: list[torch.Tensor], tensors: Tensors):
+    def __init__(self, key: tuple[object, ...], sources: list[torch.Tensor], tensors: Tensors):
         self.key = key
         as_they_are = [x is None or any(x is source for source in sources) for x in tensors]
         # Without their graph: a view would refer to the parameter, which `torch.utils.swap_tensors` does not allow.
@@ -37,7 +38,7 @@ class Prepared:
         # A second reference to the data keeps its address from being used again.
         self._stamps = [(x, x.data, self._stamp(x)) for x in sources]
 
-    def is_of(self, key: tuple, sources: list[torch.Tensor]) -> bool:
+    def is_of(self, key: tuple[object, ...], sources: list[torch.Tensor]) -> bool:
         """Whether nothing has changed."""
         if key != self.key or len(sources) != len(self._stamps):
             return False
@@ -46,7 +47,7 @@ class Prepared:
                 return False
         return True
 
-    def _stamp(self, x: torch.Tensor) -> tuple:
+    def _stamp(self, x: torch.Tensor) -> tuple[object, ...]:
         if not self._derived:
             return x.data_ptr(), x.dtype
         if _bytes_are_near(x.device):

@@ -5,14 +5,15 @@ unconstrained `W2` in its place. Each starts at `dh = 0` exactly, in every dtype
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Intervention, at_least_float32
+from .base import Affine, Device, Dtype, Intervention, at_least_float32
 from .low_rank import ACTIVATIONS, Factors, LowRankEdit
-from .low_rank_form import low_rank_form
+from .low_rank_form import LowRankForm, low_rank_form
 from .prepared import Tensors
 
 
@@ -27,7 +28,7 @@ class Loreft(LowRankEdit):
     matrix is orthonormal exactly, in every dtype, so that casting the adapter does not disturb `dh = 0` either.
     """
 
-    def __init__(self, d: int, r: int, init_weights: bool = True, device=None, dtype=None):
+    def __init__(self, d: int, r: int, init_weights: bool = True, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.V = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
         self.W = nn.Parameter(torch.empty(r, d, device=device, dtype=dtype))
@@ -54,7 +55,8 @@ class Loreft(LowRankEdit):
         """The orthonormal rows, `(r, d)`, float32 (float64 if the parameters are)."""
         V = at_least_float32(self.V)
         with torch.autocast(V.device.type, enabled=False):
-            return torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
+            rows: torch.Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.t()), V, upper=False)
+            return rows
 
     @R.setter
     def R(self, rows: torch.Tensor) -> None:
@@ -73,11 +75,11 @@ class Loreft(LowRankEdit):
         R = self.R
         return self.W.to(R.dtype) - R, R.t(), self.b.to(R.dtype), None
 
-    def affine(self):
+    def affine(self) -> Affine:
         R = self.R
         return R.t() @ (self.W.to(R.dtype) - R), R.t() @ self.b.to(R.dtype)
 
-    def low_rank(self, scale=1.0):
+    def low_rank(self, scale: float = 1.0) -> LowRankForm:
         R = self.R
         return low_rank_form(self.W.to(R.dtype) - R, R.t(), c=self.b, scale=scale)
 
@@ -91,14 +93,14 @@ class Direft(Loreft):
     activations = tuple(ACTIVATIONS)
 
     @classmethod
-    def check_config(cls, config):
+    def check_config(cls, config: Any) -> None:
         if config.activation == "relu":
             raise ValueError(
                 f"`activation='relu'` contradicts `kind={config.kind!r}`: it starts at `f(0)`, where relu's gradient "
                 "is zero, and would never leave it. Choose another activation, or `kind='nodireft'`."
             )
 
-    def __init__(self, *args, activation: str | None = None, **kwargs):
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.activation = activation
 
@@ -115,13 +117,13 @@ class Direft(Loreft):
         R = self.R
         return self.W.to(R.dtype), R.t(), self.b.to(R.dtype), None
 
-    def affine(self):
+    def affine(self) -> Affine:
         if self.activation:
             return None
         R = self.R
         return R.t() @ self.W.to(R.dtype), R.t() @ self.b.to(R.dtype)
 
-    def low_rank(self, scale=1.0):
+    def low_rank(self, scale: float = 1.0) -> LowRankForm:
         return low_rank_form(self.W, self.R.t(), c=self.b, activations=self.activation, scale=scale)
 
 
@@ -134,7 +136,13 @@ class Nodireft(LowRankEdit):
     activations = tuple(ACTIVATIONS)
 
     def __init__(
-        self, d: int, r: int, activation: str | None = None, init_weights: bool = True, device=None, dtype=None
+        self,
+        d: int,
+        r: int,
+        activation: str | None = None,
+        init_weights: bool = True,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         self.activation = activation
@@ -158,13 +166,13 @@ class Nodireft(LowRankEdit):
     def factors(self, dtype: torch.dtype) -> Factors:
         return self.W1, self.W2.t(), self.b, None
 
-    def affine(self):
+    def affine(self) -> Affine:
         if self.activation:
             return None
         W2 = at_least_float32(self.W2)
         return W2.t() @ self.W1.to(W2.dtype), W2.t() @ self.b.to(W2.dtype)
 
-    def low_rank(self, scale=1.0):
+    def low_rank(self, scale: float = 1.0) -> LowRankForm:
         return low_rank_form(self.W1, self.W2.t(), c=self.b, activations=self.activation, scale=scale)
 
 
@@ -201,13 +209,13 @@ class Noreft(Nodireft):
         z = torch.addmm(z, rows, W2.t(), alpha=-1)
         return torch.addmm(rows, z, W2, alpha=scale).view(h.shape)
 
-    def affine(self):
+    def affine(self) -> Affine:
         if self.activation:
             return None
         W2 = at_least_float32(self.W2)
         return W2.t() @ (self.W1.to(W2.dtype) - W2), W2.t() @ self.b.to(W2.dtype)
 
-    def low_rank(self, scale=1.0):
+    def low_rank(self, scale: float = 1.0) -> LowRankForm:
         W1, W2 = at_least_float32(self.W1), at_least_float32(self.W2)
         if self.activation is None:
             return low_rank_form(W1 - W2, W2.t(), c=self.b, scale=scale)

@@ -1,6 +1,7 @@
 """Where the prompts of one forward pass end, from what the model is called with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
@@ -60,19 +61,19 @@ def cached_length(cache: Cache | None) -> int | torch.Tensor:
     return 0
 
 
-def tokens_of(inputs: dict, names: tuple[str, ...] = ("input_ids", "inputs_embeds")) -> torch.Tensor:
+def tokens_of(inputs: dict[str, Any], names: tuple[str, ...] = ("input_ids", "inputs_embeds")) -> torch.Tensor:
     """The tensor of the pass's tokens, `(batch, tokens, ...)`.
 
     Raises:
         ValueError: if there is none.
     """
-    found = next((inputs[name] for name in names if inputs.get(name) is not None), None)
-    if found is None:
+    x: torch.Tensor | None = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+    if x is None:
         raise ValueError(f"`positions` needs the model's tokens, as one of {', '.join(names)}.")
-    return found
+    return x
 
 
-def during_generation(inputs: dict, past: int | torch.Tensor, generation: Generation) -> Layout | None:
+def during_generation(inputs: dict[str, Any], past: int | torch.Tensor, generation: Generation) -> Layout | None:
     """The layout of a forward pass within `generate`, whichever part of prompt and completion it is given; None if it
     begins after the prompt."""
     x = tokens_of(inputs)
@@ -98,13 +99,13 @@ def during_generation(inputs: dict, past: int | torch.Tensor, generation: Genera
     return Layout(*(t.repeat_interleave(repeats, 0) for t in (index, length.expand_as(index), valid)))
 
 
-def of_whole_prompts(inputs: dict) -> Layout:
+def of_whole_prompts(inputs: dict[str, Any]) -> Layout:
     """The layout where every token is of the prompt: an encoder's."""
     valid, _ = _valid(inputs, tokens_of(inputs), 0)
     return Layout(valid.cumsum(1) - 1, valid.sum(1, keepdim=True).expand_as(valid), valid)
 
 
-def of_whole_completions(inputs: dict) -> Layout | None:
+def of_whole_completions(inputs: dict[str, Any]) -> Layout | None:
     """The layout where every token is of the completion: the decoder's in an encoder-decoder model."""
     mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
     if labels is not None and inputs.get("decoder_input_ids") is None:
@@ -115,7 +116,7 @@ def of_whole_completions(inputs: dict) -> Layout | None:
     return Layout(zeros, zeros, mask > 0)
 
 
-def of_call(inputs: dict, past: int | torch.Tensor, generates: bool) -> Layout:
+def of_call(inputs: dict[str, Any], past: int | torch.Tensor, generates: bool) -> Layout:
     """The layout of a forward pass outside `generate`.
 
     Where the prompt ends is told by, in this order: `prompt_lengths`, one for each row (of a packed batch, for each
@@ -189,8 +190,8 @@ def of_call(inputs: dict, past: int | torch.Tensor, generates: bool) -> Layout:
     return Layout(index.view(valid.shape), length[sequence].view(valid.shape), valid)
 
 
-def _valid(inputs: dict, x: torch.Tensor, past: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the pass's tokens are no padding, and how many tokens of their row precede them, both `(batch,
+def _valid(inputs: dict[str, Any], x: torch.Tensor, past: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the pass's tokens are not padding, and how many tokens of their row precede them, both `(batch,
     tokens)`."""
     batch, tokens = x.shape[:2]
     mask = inputs.get("attention_mask")
@@ -205,7 +206,7 @@ def _valid(inputs: dict, x: torch.Tensor, past: int | torch.Tensor) -> tuple[tor
     return attended[:, -tokens:], (attended.cumsum(1) - 1)[:, -tokens:]
 
 
-def _sequence_begins(inputs: dict, valid: torch.Tensor) -> torch.Tensor:
+def _sequence_begins(inputs: dict[str, Any], valid: torch.Tensor) -> torch.Tensor:
     """Where a sequence begins, `(batch, tokens)`: at each row's first token; packed, wherever `position_ids`
     restart."""
     first = valid & (valid.cumsum(1) == 1)
@@ -216,7 +217,7 @@ def _sequence_begins(inputs: dict, valid: torch.Tensor) -> torch.Tensor:
         return first
     if position_ids.ndim != 2:
         raise ValueError("`positions` needs `position_ids` of shape (batch, tokens), or none.")
-    begins = valid & (position_ids.to(valid.device) == 0)
+    begins: torch.Tensor = valid & (position_ids.to(valid.device) == 0)
     require(
         (begins | ~first).all(),
         "`positions`: `position_ids` do not begin at 0, so this is a part of a longer sequence, whose beginning is "
@@ -225,10 +226,10 @@ def _sequence_begins(inputs: dict, valid: torch.Tensor) -> torch.Tensor:
     return begins
 
 
-def _completion_marks(inputs: dict, valid: torch.Tensor, generates: bool) -> torch.Tensor | None:
+def _completion_marks(inputs: dict[str, Any], valid: torch.Tensor, generates: bool) -> torch.Tensor | None:
     """Tokens marked as of the completion, `(batch, tokens)`, or None if nothing marks them."""
     mask, labels = inputs.get("completion_mask"), inputs.get("labels") if generates else None
-    marks = mask > 0 if mask is not None else labels != -100 if labels is not None else None
+    marks: torch.Tensor | None = mask > 0 if mask is not None else labels != -100 if labels is not None else None
     if marks is None:
         return None
     if marks.shape != valid.shape:
@@ -239,12 +240,12 @@ def _completion_marks(inputs: dict, valid: torch.Tensor, generates: bool) -> tor
     return marks.to(valid.device) & valid
 
 
-def _given(lengths, rows: int | None, device: torch.device) -> torch.Tensor:
-    lengths = torch.as_tensor(lengths, device=device)
-    if lengths.ndim != 1 or lengths.is_floating_point() or (rows is not None and len(lengths) != rows):
-        raise ValueError(f"`prompt_lengths` must have one integer for each sequence; got {lengths.tolist()}.")
-    require((lengths >= 0).all(), "`prompt_lengths` must not be negative.")
-    return lengths
+def _given(lengths: Any, rows: int | None, device: torch.device) -> torch.Tensor:
+    given = torch.as_tensor(lengths, device=device)
+    if given.ndim != 1 or given.is_floating_point() or (rows is not None and len(given) != rows):
+        raise ValueError(f"`prompt_lengths` must have one integer for each sequence; got {given.tolist()}.")
+    require((given >= 0).all(), "`prompt_lengths` must not be negative.")
+    return given
 
 
 def _pad(lengths: torch.Tensor, n: int) -> torch.Tensor:

@@ -14,10 +14,10 @@ class MarkCompletions:
         collator: makes batches with `labels`.
     """
 
-    def __init__(self, collator: Callable[[list], dict[str, Any]]):
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]):
         self.collator = collator
 
-    def __call__(self, features: list) -> dict[str, Any]:
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
         batch = self.collator(features)
         batch["completion_mask"] = batch["labels"] != -100
         return batch

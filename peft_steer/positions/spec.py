@@ -65,10 +65,19 @@ def select(positions: str, layout: Layout) -> torch.Tensor:
     elif positions == "last":
         chosen = index == length - 1
     else:
-        first, last = (int(n or 0) for n in _ENDS.fullmatch(positions).groups())
+        first, last = _counts(positions)
         half = length // 2
         chosen = (index < half.clamp(max=first)) | ((index < length) & (index >= length - half.clamp(max=last)))
     return chosen & layout.valid
+
+
+def _counts(positions: str) -> tuple[int, int]:
+    """How many first and last tokens `"f7+l7"` and the like name."""
+    match = _ENDS.fullmatch(positions)
+    if match is None:
+        raise ValueError(f"`positions={positions!r}` does not name first and last tokens.")
+    first, last = match.groups()
+    return int(first or 0), int(last or 0)
 
 
 class Selection:
@@ -80,7 +89,8 @@ class Selection:
     """
 
     def __init__(self, layout: Callable[[], Layout | None]):
-        self._find_layout, self._layout = layout, None
+        self._find_layout = layout
+        self._layout: Layout | None = None
         self._masks: dict[str, torch.Tensor | bool] = {}
         self._rows: dict[str, torch.Tensor] = {}
 
@@ -94,5 +104,6 @@ class Selection:
     def rows(self, positions: str) -> torch.Tensor:
         """Indices of the chosen tokens in the flattened batch, ascending."""
         if positions not in self._rows:
-            self._rows[positions] = self.mask(positions).flatten().nonzero().flatten()
+            mask = torch.as_tensor(self.mask(positions))
+            self._rows[positions] = mask.flatten().nonzero().flatten()
         return self._rows[positions]

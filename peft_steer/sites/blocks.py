@@ -1,18 +1,21 @@
 """The blocks of any transformer: which stacks a model has, and which blocks a configuration asks for.
 
-A *block* is an element of the stack: the `nn.ModuleList` nearest to the root of the (text) decoder or encoder.
+A *block* is an element of the stack: the `nn.ModuleList` (or `nn.Sequential` of equal blocks) nearest to the root of
+the (text) decoder or encoder.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import match_target_against_key
 from torch import nn
 
 
 _HOW_TO_NAME = (
-    "Set `target_modules` to the names of the blocks (the modules in the model's `nn.ModuleList` of layers, as "
+    "Set `target_modules` to the names of the blocks (the modules in the model's list of layers, as "
     "`model.named_modules()` prints them), as a list of suffixes or a regular expression."
 )
 
@@ -36,9 +39,10 @@ def text_stacks(model: nn.Module) -> list[str]:
     """
     roots = [model]
     if hasattr(model, "get_decoder"):
-        roots = [model.get_decoder()]
+        transformer: Any = model
+        roots = [transformer.get_decoder()]
         if getattr(model.config, "is_encoder_decoder", False):
-            roots.insert(0, model.get_encoder())
+            roots.insert(0, transformer.get_encoder())
     names = {id(module): name for name, module in model.named_modules()}
     stacks = []
     for root in roots:
@@ -62,7 +66,7 @@ def select_blocks(
     """The blocks that a configuration asks for; the arguments mean what they mean in PEFT's `LoraConfig`, for blocks.
 
     Raises:
-        ValueError: if nothing matches, a target is no block, or an index is out of range.
+        ValueError: if nothing matches, a target is not a block, or an index is out of range.
     """
     if target_modules is None:
         blocks = [block for stack in text_stacks(model) for block in _blocks(model, stack)]
@@ -93,46 +97,72 @@ def select_blocks(
     return blocks
 
 
-def hidden_size(model: nn.Module, name: str) -> int:
-    """Width `d` of the hidden states at module `name`, from the nearest configuration above it.
+def hidden_size(model: nn.Module, name: str, default: int | None = None) -> int:
+    """Width `d` of the hidden states at module `name`: from the nearest configuration above it, else from the module's
+    own norms and linear layers, if they agree, else `default`.
 
     Raises:
-        ValueError: if no module above has a `config` with a `hidden_size`.
+        ValueError: if none of them tells.
     """
+    module, above = model.get_submodule(name), name
     while True:
-        config = getattr(model.get_submodule(name), "config", None)
+        config: Any = getattr(model.get_submodule(above), "config", None)
         if hasattr(config, "get_text_config") and not hasattr(config, "hidden_size"):
             config = config.get_text_config()
         if hasattr(config, "hidden_size"):
-            return config.hidden_size
-        if not name:
-            raise ValueError(
-                f"The hidden size of {type(model).__name__} is unknown: its `config` has no `hidden_size`."
-            )
-        name = name.rpartition(".")[0]
+            return int(config.hidden_size)
+        if not above:
+            break
+        above = above.rpartition(".")[0]
+    width = _width_of(module) or default
+    if width is None:
+        raise ValueError(
+            f"The hidden size of {type(model).__name__} at {name!r} is unknown: it has no `config` with a "
+            "`hidden_size`, and its norms and linear layers do not agree. Set `hidden_size`."
+        )
+    return width
 
 
-def _nearest_stack(root: nn.Module) -> nn.ModuleList | None:
-    """The longest of the shallowest ModuleLists with composite elements."""
+def _width_of(module: nn.Module) -> int | None:
+    """The width that a module reads and returns: its norms', or its first and last linear layer's, if they agree."""
+    norms = {
+        weight.numel()
+        for m in module.modules()
+        if "norm" in type(m).__name__.lower() and isinstance(weight := getattr(m, "weight", None), torch.Tensor)
+    }
+    if len(norms) == 1:
+        return norms.pop()
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    if linears and not norms and linears[0].in_features == linears[-1].out_features:
+        return linears[0].in_features
+    return None
+
+
+def _nearest_stack(root: nn.Module) -> nn.ModuleList | nn.Sequential | None:
+    """The longest of the shallowest stacks."""
     level = [root]
     while level:
         stacks = [m for m in level if _is_stack(m)]
         if stacks:
-            return max(stacks, key=len)
+            return max(stacks, key=lambda stack: len(stack))
         level = [child for module in level for child in module.children()]
     return None
 
 
-def _is_stack(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 0 and all(list(m.children()) for m in module)
+def _is_stack(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
+    """Whether it is a list of composite modules; one that runs its elements itself, only if they are of one class."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not all(list(m.children()) for m in module):
+        return False
+    alike = len({type(m) for m in module}) == 1
+    return len(module) > 0 and (isinstance(module, nn.ModuleList) or (alike and len(module) > 1))
 
 
 def _blocks(model: nn.Module, stack: str) -> list[Block]:
-    return [Block(f"{stack}.{i}", i, stack, module) for i, module in enumerate(model.get_submodule(stack))]
+    return [Block(f"{stack}.{i}", i, stack, module) for i, module in enumerate(model.get_submodule(stack).children())]
 
 
-def _targeted(model: nn.Module, target_modules) -> list[Block]:
-    stacks = []
+def _targeted(model: nn.Module, target_modules: list[str] | set[str] | str) -> list[Block]:
+    stacks: list[str] = []
     for name, module in model.named_modules():
         if _is_stack(module) and not any(name.startswith(f"{outer}.") for outer in stacks):
             stacks.append(name)
@@ -149,8 +179,8 @@ def _targeted(model: nn.Module, target_modules) -> list[Block]:
     wrong = [name for name in matched if name not in names]
     if wrong:
         raise ValueError(
-            f"`target_modules={target_modules!r}` matches {wrong[0]!r}, which is no block. The place inside a block "
-            f"is chosen by `site`. {_HOW_TO_NAME}"
+            f"`target_modules={target_modules!r}` matches {wrong[0]!r}, which is not a block. The place inside a "
+            f"block is chosen by `site`. {_HOW_TO_NAME}"
         )
     return [block for block in blocks if block.name in set(matched)]
 

@@ -1,9 +1,12 @@
 """How many heads an attention has, and how wide they are where its output projection reads them."""
 
+from typing import Any
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .modules import Block, heads_projection, unwrapped
+from .blocks import Block
+from .modules import heads_projection, unwrapped
 
 
 # Of values, where they differ from queries' and keys' (MLA, linear attention), so first.
@@ -11,10 +14,10 @@ _NUMBER = ("num_v_heads", "num_heads", "num_attention_heads", "n_heads", "n_head
 _WIDTH = ("v_head_dim", "head_v_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 
-def input_width(linear: nn.Module) -> int:
+def input_width(linear: Any) -> int:
     """Width of what a linear layer, quantized or not, reads."""
     linear = unwrapped(linear)
-    return linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features
+    return int(linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features)
 
 
 def head_shape(block: Block) -> tuple[int, int]:

@@ -17,6 +17,7 @@ attributes such as `self_attn` or `down_proj` are looked for; names of models ne
 import inspect
 import re
 from collections import deque
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -52,22 +53,28 @@ def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
     if site == "block":
         return block.name, block.module
     if site == "heads":
-        name = heads_projection(block)[1]
-        return f"{block.name}.{name}", block.module.get_submodule(name)
+        projection = heads_projection(block)[1]
+        return f"{block.name}.{projection}", block.module.get_submodule(projection)
     norm_name = _branch_norm(block.module, site)
     if norm_name is not None:
         return f"{block.name}.{norm_name}", block.module.get_submodule(norm_name)
     name = _find(block.module, _ATTENTION if site == "attention" else _MLP)
     if name is None and site == "mlp":  # the MLP's linears lie in the block itself: OPT, BERT
         name = next((n for n in ("fc2", "output.dense") if _has(block.module, n)), None)
-    is_part = site == "mlp" and name not in (None, "fc2", "output.dense") and _is_linear(block.module, name)
-    if name is None or is_part:  # ALBERT's `ffn` is the MLP's first linear
+    # ALBERT's `ffn` is the MLP's first linear.
+    if name is None or (site == "mlp" and name not in ("fc2", "output.dense") and _is_linear(block.module, name)):
         raise ValueError(
             f"No {site} was recognised in block {block.name!r} ({type(block.module).__name__}). Use `site='block'`."
         )
     module = block.module.get_submodule(name)
     if "residual" in inspect.signature(module.forward).parameters:  # Bloom: the skip is added inside the module
-        inner = output_linear(module)
+        linear = output_linear(module)
+        if not linear:
+            raise ValueError(
+                f"No single linear layer ends the {site} of block {block.name!r} ({type(module).__name__}): "
+                "it adds the skip connection itself. Use `site='block'`."
+            )
+        inner = linear
     elif _has(module, "output.dense"):  # BERT: likewise, in a submodule
         inner = "output.dense"
     else:
@@ -76,7 +83,7 @@ def site_module(block: Block, site: str) -> tuple[str, nn.Module]:
 
 
 def mlp_name(block: Block) -> str | None:
-    """Name, in `block`, of the MLP itself, without a norm that follows it; None if it is no module of its own (OPT,
+    """Name, in `block`, of the MLP itself, without a norm that follows it; None if it is not a module of its own (OPT,
     BERT)."""
     name = _find(block.module, _MLP)
     return None if name is None or _is_linear(block.module, name) else name
@@ -88,8 +95,8 @@ def heads_projection(block: Block) -> tuple[str, str]:
     Raises:
         ValueError: if the block has no attention, or no single such layer, that can be recognised.
     """
-    name = None
-    while deeper := _find(block.module.get_submodule(name or ""), _ATTENTION):  # GPT-Neo has one in the other
+    name = ""
+    while deeper := _find(block.module.get_submodule(name), _ATTENTION):  # GPT-Neo has one in the other
         name = f"{name}.{deeper}" if name else deeper
         module = block.module.get_submodule(name)
         inner = "output.dense" if _has(module, "output.dense") else output_linear(module)
@@ -112,16 +119,17 @@ def output_linear(module: nn.Module) -> str | None:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself, without what PEFT may have put around it (other tuners, `modules_to_save`)."""
+    inner: Any = module
     while True:
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            module = module.original_module
-        elif isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
-            module = module.base_layer
+        if isinstance(inner, AuxiliaryTrainingWrapper):
+            inner = inner.original_module
+        elif isinstance(inner, BaseTunerLayer) and hasattr(inner, "base_layer"):
+            inner = inner.base_layer
         else:
-            return module
+            return cast(nn.Module, inner)
 
 
-def _find(module: nn.Module, pattern: re.Pattern) -> str | None:
+def _find(module: nn.Module, pattern: re.Pattern[str]) -> str | None:
     """Name of the shallowest submodule whose attribute name is `pattern`."""
     queue = deque(module.named_children())
     while queue:
@@ -134,7 +142,7 @@ def _find(module: nn.Module, pattern: re.Pattern) -> str | None:
 
 def _branch_norm(block: nn.Module, site: str) -> str | None:
     """The norm that a block applies to its attention's or MLP's output before adding it, if it does."""
-    names = ("post_mlp_layernorm", "post_feedforward_layernorm")
+    names: tuple[str, ...] = ("post_mlp_layernorm", "post_feedforward_layernorm")
     if site == "attention":
         names = ("post_self_attn_layernorm",)
         if _has(block, "post_feedforward_layernorm"):  # without it the same name is the norm before the MLP

@@ -38,8 +38,11 @@ class Site:
         return self.width // (self.head_dim or self.width)
 
 
-def find_sites(model: nn.Module, blocks: Iterable[Block], places: Iterable[str]) -> dict[str, Site]:
-    """The `places` in each of the `blocks`, by the name of the edited module.
+def find_sites(
+    model: nn.Module, blocks: Iterable[Block], places: Iterable[str], width: int | None = None
+) -> dict[str, Site]:
+    """The `places` in each of the `blocks`, by the name of the edited module. `width` is that of the hidden states
+    where the model does not show it.
 
     Raises:
         ValueError: if a block lacks one of the places, or two of them are at one module.
@@ -57,5 +60,5 @@ def find_sites(model: nn.Module, blocks: Iterable[Block], places: Iterable[str])
                 number, head_dim = head_shape(block)
                 sites[name] = Site(block, place, name, module, number * head_dim, head_dim)
             else:
-                sites[name] = Site(block, place, name, module, hidden_size(model, name))
+                sites[name] = Site(block, place, name, module, hidden_size(model, name, width))
     return sites

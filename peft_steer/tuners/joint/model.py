@@ -189,8 +189,8 @@ class JointSteerLoraModel(Strength, LoraModel):
     def _check_merge_allowed(self) -> None:
         if self._steer_layers():
             raise ValueError(
-                "The steering half of a joint adapter cannot be merged: it reads the skip connection, which is no "
-                "linear layer's output. `merge_lora_and_unload()` folds in the LoRA half and keeps the other as an "
+                "The steering half of a joint adapter cannot be merged: it reads the skip connection, which no "
+                "linear layer returns. `merge_lora_and_unload()` folds in the LoRA half and keeps the other as an "
                 "adapter; `unload()` removes both."
             )
         super()._check_merge_allowed()

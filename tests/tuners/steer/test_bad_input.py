@@ -52,7 +52,7 @@ def test_config(config, message):
         ({"layers_to_transform": []}, r"`layers_to_transform=\[\]` asks for no block"),
         ({"layers_to_transform": -1}, r"`layers_to_transform` asks for \[-1\]"),
         ({"layers_to_transform": [0], "layers_pattern": "h"}, r"`layers_pattern='h'` matches none .*'model.layers'"),
-        ({"target_modules": ["q_proj"]}, "matches 'model.layers.0.self_attn.q_proj', which is no block"),
+        ({"target_modules": ["q_proj"]}, "matches 'model.layers.0.self_attn.q_proj', which is not a block"),
         ({"target_modules": ["layers.7"]}, r"`target_modules={'layers.7'}` matches no module"),
         ({"exclude_modules": r".*layers\.\d"}, "excludes every block"),
     ],
