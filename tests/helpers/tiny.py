@@ -6,7 +6,7 @@ import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_steer import JointSteerLoraConfig, SteerConfig
+from peft_steer import JointLowRank, JointSteerLoraConfig, SteerConfig
 from peft_steer.tuners.steer.layer import SteerLayer
 
 
@@ -192,6 +192,14 @@ def randomize(model: nn.Module, std: float = 0.1, seed: int = 1) -> None:
         for name, p in model.named_parameters():
             if "steering." in name or ".lora_" in name:
                 p.copy_(std * torch.randn(p.shape, generator=generator))
+
+
+def as_saved(model: nn.Module) -> nn.Module:
+    """The model with the edits of its joint adapters projected, as a file has them."""
+    for module in model.modules():
+        if isinstance(module, JointLowRank):
+            module.project_()
+    return model
 
 
 def adapted(

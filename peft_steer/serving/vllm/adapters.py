@@ -10,9 +10,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from peft_steer import JointSteerLoraConfig, SteerConfig
+from peft_steer.interventions import KINDS
 from peft_steer.interventions.low_rank_form import LowRankForm
-from peft_steer.tuners.steer.building import build_intervention
-from peft_steer.tuners.steer.injection import rank_of
 
 from .options import SITES
 
@@ -121,7 +120,8 @@ def read(directory: str, scale: float = 1.0) -> Adapter:
     forms = {}
     for module, state in edits.items():
         state.pop("steps", None)  # counts for the projection of a joint adapter
-        edit = build_intervention(steer, steer.hidden_size, rank_of(steer, module), dtype=torch.float32)
+        rank = steer.rank_pattern.get(get_pattern_key(steer.rank_pattern, module), steer.r)
+        edit = KINDS[steer.kind].build(steer, steer.hidden_size, rank, dtype=torch.float32)
         edit.load_state_dict(state)
         forms[module] = edit.low_rank(steer.scale * scale)
     if joint:
@@ -139,8 +139,8 @@ def _check(directory: str, config: PeftConfig, steer: SteerConfig) -> None:
         refuse(f"site={steer.site!r}", f"vLLM steers {', '.join(map(repr, SITES))}")
     if config.modules_to_save:
         refuse(f"modules_to_save={config.modules_to_save!r}", "the base's modules are served, not trained copies")
-    if not steer.tie_weights:
-        refuse("tie_weights=False", "a slot has one edit for the tokens of a request")
+    if not steer.share_weights:
+        refuse("share_weights=False", "a slot has one edit for the tokens of a request")
     if None in (steer.hidden_size, steer.num_blocks):
         refuse("hidden_size", "the adapter does not say which model it was made for; save it with this version")
     for field, what in _REFUSED_LORA.items():

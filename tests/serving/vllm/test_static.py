@@ -42,11 +42,12 @@ def test_log_probabilities(tmp_path, case):
 def test_the_layer_of_every_kind(kind):
     """Written as an engine writes it, against the equation in float64."""
     from peft_steer import SteerConfig
+    from peft_steer.interventions import KINDS as CLASSES
     from peft_steer.serving.vllm.layers import Edit
-    from peft_steer.tuners.steer.building import build_intervention
 
     torch.manual_seed(0)
-    made = build_intervention(SteerConfig(r=3, init_weights=False, **KINDS[kind]), 16, 3)
+    config = SteerConfig(r=3, init_weights=False, **KINDS[kind])
+    made = CLASSES[config.kind].build(config, 16, 3)
     form = made.low_rank(0.7)
     edit = Edit(16, form)
     h = torch.randn(5, 16)
@@ -105,7 +106,7 @@ def test_adapters_that_cannot_be_served(base, tmp_path):
     cases = {
         "site='heads'": {"site": "heads", "kind": "vector"},
         "modules_to_save": {"modules_to_save": ["lm_head"]},
-        "tie_weights=False": {"positions": "f1+l1", "tie_weights": False},
+        "share_weights=False": {"positions": "f1+l1", "share_weights": False},
         "steer_positions='prompt'": {"method": "joint", "kind": "linear", "positions": "prompt"},
     }
     for i, (message, config) in enumerate(cases.items()):

@@ -7,19 +7,32 @@ import torch
 import transformers as tf
 from joint_models import MODES, TOLERANCE, joint, train, worst
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from tiny import adapter_state, assert_equal_but_for_rounding, joint_config, logits, make, randomize, steer_layers
+from tiny import (
+    adapter_state,
+    as_saved,
+    assert_equal_but_for_rounding,
+    joint_config,
+    logits,
+    make,
+    randomize,
+    steer_layers,
+)
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from peft_steer import JointSteerLoraConfig, SteerConfig, project_
 
 
 def test_file(tmp_path):
-    """Saving projects, the model in memory too; loading and projecting again changes nothing."""
+    """Saving projects what is written and leaves the model as it is; loading and projecting again changes nothing."""
     for mode, config in MODES.items():
         model = joint(**config)
         randomize(model, std=0.5)
         raw = steer_layers(model.get_base_model())["model.layers.0"].steer_edit["default"].W_down.detach().clone()
         model.save_pretrained(tmp_path / mode)
+        live = steer_layers(model.get_base_model())["model.layers.0"].steer_edit["default"].W_down
+        assert torch.equal(live, raw)
+        if mode != "none":
+            as_saved(model)
         saved = adapter_state(model)
         expected = logits(model)
         loaded = PeftModel.from_pretrained(make(), tmp_path / mode)

@@ -23,6 +23,7 @@ from tiny import (
     STORED,
     adapted,
     adapter_state,
+    as_saved,
     assert_equal_but_for_rounding,
     inputs,
     logits,
@@ -46,6 +47,7 @@ def test_save_and_load(method, tmp_path, kind, dtype, autocast, low_cpu_mem_usag
         make(dtype=dtype), METHODS[method](r=4, **(KINDS | HEAD_KINDS)[kind]), autocast_adapter_dtype=autocast
     )
     randomize(model, std=0.2)
+    as_saved(model)
     found = {p.dtype for p in adapter_state(model).values() if p.is_floating_point()}
     assert found == {torch.float32 if autocast else dtype}
     model.eval().save_pretrained(tmp_path)
@@ -71,7 +73,7 @@ def test_save_and_load(method, tmp_path, kind, dtype, autocast, low_cpu_mem_usag
 @pytest.mark.parametrize(("method", "site"), METHODS_AT_SITES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_save_and_load_by_every_loader(method, tmp_path, architecture, site):
-    model = adapted(architecture, method=method, site=site)
+    model = as_saved(adapted(architecture, method=method, site=site))
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model, architecture)
     assert not torch.equal(expected, logits(make(architecture), architecture))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import METHODS, logits, make, randomize
+from tiny import METHODS, as_saved, logits, make, randomize
 
 from peft_steer import LoreftConfig, SteerConfig
 
@@ -11,6 +11,7 @@ from peft_steer import LoreftConfig, SteerConfig
 def saved(path, config):
     model = get_peft_model(make(), config).eval()
     randomize(model)
+    as_saved(model)
     model.save_pretrained(path)
     return model
 

@@ -14,6 +14,7 @@ from tiny import (
     VOCAB,
     adapted,
     adapter_state,
+    as_saved,
     inputs,
     logits,
     make,
@@ -120,7 +121,7 @@ def test_lora_on_an_offloaded_base_is_an_error():
 def test_device_map_at_loading(method, tmp_path):
     model = make()
     model.save_pretrained(tmp_path / "base")
-    expected = adapted(method=method)
+    expected = as_saved(adapted(method=method))
     expected.save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map={"": "cpu"})
     dispatch_model(loaded, device_map={"": "cpu"}, force_hooks=True)
