@@ -82,8 +82,8 @@ def test_the_rate_of_a_joint_adapters_steering_half(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainer": "ppo"}, r"trainer: 'ppo' is none of \('sft', 'grpo', 'dpo'\)"),
-        ({"methods": [{**STEER, "trainer": "ppo"}]}, "method 'post-block': trainer: 'ppo' is none"),
+        ({"trainer": "ppo"}, r"trainer: 'ppo' is not one of \('sft', 'grpo', 'dpo'\)"),
+        ({"methods": [{**STEER, "trainer": "ppo"}]}, "method 'post-block': trainer: 'ppo' is not one"),
         ({"train": {"num_generations": 2}}, "train: num_generations: unknown key"),
         ({"train": {"grpo": {"num_generation": 2}}}, "train: grpo: num_generation: unknown key, did you mean"),
         ({"train": {"grpo": {"seed": 2}}}, "train: grpo: seed: is set by the bench itself"),
@@ -107,7 +107,7 @@ def test_the_rate_of_a_joint_adapters_steering_half(tiny_llama, tmp_path):
         ),
         ({"task": {"name": "listops_short", "num_fewshot": True}}, "num_fewshot: expected int, got True"),
         ({"methods": [{**LORA, "steer_learning_rate": 1.0}]}, "method 'LoRA': steer_learning_rate: unknown key"),
-        ({"methods": [{**JOINT, "steer_learning_rate": "fast"}]}, "steer_learning_rate: 'fast' is no number"),
+        ({"methods": [{**JOINT, "steer_learning_rate": "fast"}]}, "steer_learning_rate: 'fast' is not a number"),
         ({"methods": [{**FULL, "steer_learning_rate": 1.0}]}, "method 'full': steer_learning_rate: unknown key"),
         (
             {"reference": [{"method": "LoRe", "task": "listops_short", "score": 0.5, "source": "a paper"}]},
@@ -115,7 +115,7 @@ def test_the_rate_of_a_joint_adapters_steering_half(tiny_llama, tmp_path):
         ),
         (
             {"reference": [{"method": "LoRA", "task": "listops_short", "score": "50", "source": "a paper"}]},
-            r"reference\[0\]: score: '50' is no number",
+            r"reference\[0\]: score: '50' is not a number",
         ),
     ],
 )
