@@ -92,7 +92,7 @@ def test_the_figures_are_drawn(page):
     )
     points, lines = (page.execute_script(count, mark) for mark in (".scatterlayer .point", ".scatterlayer .js-line"))
     assert points == [4, 4, 0, 8, 0, 4, 1, 1, 0]
-    assert lines == [0, 0, 0, 4, 12, 0, 0, 0, 1]
+    assert lines == [0, 0, 0, 4, 12, 1, 0, 0, 1]
     assert page.execute_script(count, ".errorbar")[:4] == [4, 4, 0, 8]
     assert page.execute_script(count, ".heatmaplayer image")[2] == 1
     wide = "return [...document.querySelectorAll('.figures section')].map(s => [s.clientWidth, s.scrollWidth])"
