@@ -261,9 +261,10 @@ def test_preflight_refuses_a_loss_that_is_not_finite(run, tiny_llama, tmp_path):
         run(sft, **STEER, model_name_or_path=str(broken))
 
 
-def test_what_max_length_leaves_out_is_reported(run, caplog):
-    with pytest.raises(ValueError, match="no example has a token to learn"):
+def test_what_max_length_leaves_out_is_reported(run, capsys):
+    with pytest.raises(AssertionError, match="2 == 0"):  # the exit code
         run(sft, **STEER, task="sums_text", max_length=2)
+    assert "max_length: no example has a token to learn" in capsys.readouterr().err
 
 
 def test_out_of_memory_says_what_helps(run, monkeypatch):
