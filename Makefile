@@ -49,6 +49,9 @@ gpu-check: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 # An environment of its own: the sources are read, not imported. A broken link, or a page outside the navigation, fails.
 docs: .venv-docs/.ready
