@@ -223,8 +223,8 @@ def test_saving_before_the_choice_is_said(tmp_path, caplog):
     with caplog.at_level("WARNING", "peft_steer"):
         model.save_pretrained(tmp_path)
     assert "1 of `selection_step=2` optimizer steps are done" in caplog.text
-    caplog.clear()
     step(model, optimizer)
+    caplog.clear()
     with caplog.at_level("WARNING", "peft_steer"):
         model.save_pretrained(tmp_path)
     assert caplog.text == ""
