@@ -167,12 +167,14 @@ def _messages(messages: list[dict[str, str]], **_: bool) -> list[dict[str, str]]
 @contextmanager
 def _not_its_own_example(task: ConfigurableTask, doc: dict):
     """The harness draws few-shot examples from the training split and keeps only an evaluated document out of its own
-    prompt; here the document is of the training split. Examples that a task writes out stay as they are."""
-    sampler = task.sampler
-    if not task.config.num_fewshot or (task.fewshot_cfg.split is None and task.fewshot_cfg.samples is not None):
+    prompt; here the document is of the training split. Examples that a task writes out stay as they are: a document
+    that is one of them has them all the same, or its prompt would differ from every other."""
+    if not task.config.num_fewshot:
         yield
         return
-    task.sampler = _Without(sampler, doc)
+    written_out = task.fewshot_cfg.split is None and task.fewshot_cfg.samples is not None
+    sampler = task.sampler
+    task.sampler = _Without(sampler, None if written_out else doc)
     try:
         yield
     finally:
@@ -180,7 +182,7 @@ def _not_its_own_example(task: ConfigurableTask, doc: dict):
 
 
 class _Without:
-    def __init__(self, sampler: Any, doc: dict):
+    def __init__(self, sampler: Any, doc: dict | None):
         self.sampler, self.doc = sampler, doc
 
     def sample(self, n: int, eval_doc: dict | None = None) -> Any:

@@ -72,6 +72,17 @@ def test_few_shot_prompts_are_the_harness_prompts_without_the_document_itself(fe
         assert sorted(shots) == [f"Q: {j}+1?\nA: <{j + 1}>" for j in range(4) if j != i]
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_written_out_examples_are_in_every_prompt(split):
+    """Also in that of a training document that is one of them; on validation the harness would leave it out, and then
+    has too few."""
+    task, _ = tasks.load_task("list_max_min")
+    tasks.evaluate_on(task, split)
+    prompts = grpo_dataset(task)["prompt"]
+    assert "max(3,7)=7\nmin(5,2,8)=2\nmax(3,7)=" in prompts
+    assert all(prompt.startswith("max(3,7)=7\nmin(5,2,8)=2\nm") for prompt in prompts)
+
+
 def test_chat_messages_carry_the_harness_text():
     task = multiple_choice(num_fewshot=1, fewshot_config={"sampler": "first_n"}, fewshot_split="validation")
     row = sft_dataset(task, apply_chat_template=True, system_instruction="Add.")[1]
