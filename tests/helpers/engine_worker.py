@@ -8,12 +8,11 @@ import sys
 import time
 
 
-def outputs(llm, requests, max_tokens, prompt_logprobs):
+def outputs(llm, requests, ids, max_tokens, prompt_logprobs):
     """Of each request the tokens that were generated, their log-probabilities and those of the prompt's tokens."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    ids = {path: i for i, path in enumerate(sorted({path for _, path in requests if path}), start=1)}
     sampling = SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
@@ -45,6 +44,8 @@ def main(spec_file, result_file):
 
     with open(spec_file) as file:
         spec = json.load(file)
+    paths = {path for requests in spec["rounds"] if not isinstance(requests, str) for _, path in requests if path}
+    ids = {path: i for i, path in enumerate(sorted(paths), start=1)}
     start = time.perf_counter()
     result = {"error": None, "rounds": []}
     try:
@@ -55,7 +56,7 @@ def main(spec_file, result_file):
                 if isinstance(requests, str):  # an adapter to be loaded, as a server loads it
                     answers = llm.llm_engine.add_lora(LoRARequest(requests, 100 + len(result["rounds"]), requests))
                 else:
-                    answers = outputs(llm, requests, spec["max_tokens"], spec["prompt_logprobs"])
+                    answers = outputs(llm, requests, ids, spec["max_tokens"], spec["prompt_logprobs"])
             except Exception as error:  # what a user would see is what the test looks at
                 answers = {"error": str(error)}
             result["rounds"].append(answers)

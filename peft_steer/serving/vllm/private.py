@@ -8,7 +8,9 @@ import vllm.lora.utils
 from torch import nn
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -107,3 +109,23 @@ def wrap_token_mapping(select: Callable[[Any, int, int, int], Iterable[bool] | N
 
     make_lora_inputs.is_ours = True
     InputBatch.make_lora_inputs = make_lora_inputs
+
+
+def keep_to_slots() -> None:
+    """Have vLLM's LoRA on CPUs leave tokens without an adapter alone: their slot is -1, which its operations take for
+    the last one (vllm-project/vllm#48421)."""
+    for module in (lora_ops, punica_cpu):  # the second imported them from the first
+        for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+            operation = getattr(module, name)
+            if not getattr(operation, "is_ours", False):
+                setattr(module, name, _masked(operation))
+
+
+def _masked(operation: Callable) -> Callable:
+    """`operation`, which is linear in its first argument, with zeros there for the slot -1."""
+
+    def masked(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, slots: torch.Tensor, *args: Any, **kwargs: Any):
+        operation(x.masked_fill((slots < 0)[:, None], 0), w, out, slots, *args, **kwargs)
+
+    masked.is_ours = True
+    return masked

@@ -20,6 +20,7 @@ _positions: dict[tuple[int, str], str] = {}  # by the id and the path of an adap
 
 def open_slots() -> None:
     """Have vLLM's LoRA manager fill our layers, and read our adapters; once in a process."""
+    private.keep_to_slots()
     private.add_lora_layer(SlottedEdit)
     private.wrap_loading(_load)
     private.wrap_token_mapping(_select)
