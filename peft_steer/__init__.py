@@ -5,6 +5,7 @@ Importing this package registers its tuner types with PEFT.
 
 from importlib.metadata import version
 
+from peft_steer.interventions import acting_parameters
 from peft_steer.positions.marks import MarkCompletions
 from peft_steer.tuners.joint import (
     JointLowRank,
@@ -16,7 +17,6 @@ from peft_steer.tuners.joint import (
     project_,
 )
 from peft_steer.tuners.steer.config import SteerConfig
-from peft_steer.tuners.steer.counting import acting_parameters
 from peft_steer.tuners.steer.layer import SteerLayer, steered_modules
 from peft_steer.tuners.steer.model import SteerModel
 from peft_steer.tuners.steer.position_hooks import needs_prompts, steered_positions

@@ -1,6 +1,6 @@
 """What is added to a hidden state: one small module for each equation. `KINDS` has their classes by name."""
 
-from .base import Intervention
+from .base import Intervention, acting_parameters
 from .jola import Jola
 from .lofit import Lofit
 from .low_rank import FixedVector, Linear, LowRank, Nonlinear
@@ -32,4 +32,5 @@ __all__ = [
     "Nodireft",
     "Nonlinear",
     "Noreft",
+    "acting_parameters",
 ]

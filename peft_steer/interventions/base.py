@@ -162,3 +162,15 @@ class Intervention(KeepsPrecision):
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def acting_parameters(model: torch.nn.Module) -> int:
+    """Number of trained parameters of `model` that have an effect: fewer than PEFT counts where a method has chosen
+    among them (LoFiT trains every head first and then a few)."""
+    edits = [module for module in model.modules() if isinstance(module, Intervention)]
+    idle = sum(
+        sum(p.numel() for p in edit.parameters()) - edit.acting_parameters()
+        for edit in edits
+        if any(p.requires_grad for p in edit.parameters())
+    )
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) - idle

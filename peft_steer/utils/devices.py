@@ -1,9 +1,10 @@
-"""The accelerator of this machine: CUDA, ROCm, XPU, MPS or another."""
+"""The accelerator of this machine (CUDA, ROCm, XPU, MPS or another), and where a module runs."""
 
 import os
 import platform
 
 import torch
+from torch import nn
 
 
 def default_device() -> torch.device:
@@ -41,3 +42,18 @@ def device_name(device: torch.device) -> str:
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     get_name = getattr(torch.get_device_module(device), "get_device_name", None)
     return get_name(device) if get_name else device.type
+
+
+def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device on which `target`, a module of `model`, runs, and the dtype in which it computes."""
+    parameters = [p for module in (target, model) for p in module.parameters()]
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    if not parameters:
+        return torch.device("cpu"), dtype
+    device = parameters[0].device
+    if device.type == "meta":  # offloaded by accelerate, which knows where it runs
+        hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
+        device = torch.device(
+            next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
+        )
+    return device, dtype

@@ -25,7 +25,7 @@ from peft_steer.analysis.distill.fitting import fit_blocks
 from peft_steer.analysis.distill.students import adapter_of, distances
 from peft_steer.analysis.inputs.pairs import Pair
 from peft_steer.analysis.inputs.texts import Texts
-from peft_steer.tuners.steer import merging as merging_module
+from peft_steer.tuners.steer.merging import plan as merging_module
 
 
 CHECKS: dict[str, Callable] = {}

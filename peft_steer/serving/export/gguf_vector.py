@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from peft_steer.tuners.steer.merging import arrives_unchanged
+from peft_steer.tuners.steer.merging.plan import arrives_unchanged
 
 from .edits import check_on_cpu_or_gpu, edits_of, steer_config
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_steer.tuners.steer.merging import plan_merge
+from peft_steer.tuners.steer.merging.plan import plan_merge
 
 from .edits import Edit, edits_of, steer_config
 from .factors import factors

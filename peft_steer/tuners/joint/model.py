@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -18,17 +18,17 @@ from torch import nn
 from peft_steer.interventions import LowRank
 from peft_steer.registration import register
 from peft_steer.utils.bitsandbytes import keep_unpacked
+from peft_steer.utils.devices import device_and_dtype
 
 from ..steer import following
-from ..steer.injection import check_adapter_name, check_state_dict, plan_injection
+from ..steer.injection import check_state_dict, injecting, plan_injection
 from ..steer.layer import CHILD, steered_layers
-from ..steer.placement import device_and_dtype
-from ..steer.position_hooks import check_stacks, track, untrack
+from ..steer.position_hooks import check_stacks, untrack
 from ..steer.strength import Strength
 from ..steer.wrapping import unwrapped_key
 from .config import JOINT_STEER_LORA, JointSteerLoraConfig, of_steering_half
 from .layer import CONTAINER, JointPlan, JointSteerLayer, plan_writers
-from .projection import JointLowRank
+from .merging import keep_steering
 from .saving import project_for_saving
 
 
@@ -78,25 +78,23 @@ class JointSteerLoraModel(Strength, LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        check_adapter_name(model, adapter_name)
         config = self.peft_config[adapter_name]
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict and {key: x for key, x in state_dict.items() if MARKER not in key},
-        )
-        names = [
-            name
-            for name in self._plan.steering.sites
-            if state_dict is None or any(f"{name}{MARKER}." in key for key in state_dict)
-        ]
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            self._inject_steering(adapter_name, config, names)
-        self.set_halves(self._halves)
-        track(model, config.steer_positions)
-        following.TUNERS.add(self)
+        with injecting(self, model, adapter_name, config.steer_positions):
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict and {key: x for key, x in state_dict.items() if MARKER not in key},
+            )
+            names = [
+                name
+                for name in self._plan.steering.sites
+                if state_dict is None or any(f"{name}{MARKER}." in key for key in state_dict)
+            ]
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._inject_steering(adapter_name, config, names)
+            self.set_halves(self._halves)
 
     def _prepare_model(self, peft_config: JointSteerLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -237,37 +235,7 @@ class JointSteerLoraModel(Strength, LoraModel):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown or not names:
             raise ValueError(f"`adapter_names={adapter_names!r}`: there are {list(self.peft_config)} to merge.")
-        configs = {name: self.peft_config[name] for name in names}
-        edits = {key: m for key, m in self.model.named_modules() if isinstance(m, JointSteerLayer)}
-        training = self.training
-        self.set_halves("both")
-        strengths = {(key, name): m.strength(name) for key, m in edits.items() for name in names if m.edits(name)}
-        base = self._merge_lora(edits, progressbar=progressbar, safe_merge=safe_merge, adapter_names=names)
-
-        model = None
-        for name, config in configs.items():
-            steer = config.steer_config()
-            steer.modules_to_save = config.modules_to_save
-            if model is None:
-                model = get_peft_model(base, steer, name)
-            else:
-                model.add_adapter(name, steer)
-        for key, layer in edits.items():
-            for name in names:
-                for part, edit in layer.edits(name).items():
-                    target = base.get_submodule(key)
-                    _take_over(target.edits(name)[part], edit)
-                    target.scaling[name] = strengths[key, name]
-        model.base_model.set_adapter(names)
-        return model.train(training)
-
-    def _merge_lora(self, edits: dict[str, JointSteerLayer], adapter_names: list[str], **kwargs) -> nn.Module:
-        for layer in edits.values():
-            for edit in (edit for name in adapter_names for edit in layer.edits(name).values()):
-                if isinstance(edit, JointLowRank) and edit.acts:
-                    edit.project_()
-            layer.detach()
-        return self._unload_and_optionally_merge(merge=True, adapter_names=adapter_names, **kwargs)
+        return keep_steering(self, names, progressbar=progressbar, safe_merge=safe_merge)
 
     def add_weighted_adapter(self, adapters: list[str], *args, **kwargs) -> None:
         raise ValueError(
@@ -298,13 +266,6 @@ class JointSteerLoraModel(Strength, LoraModel):
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args, **kwargs):
         return BaseTuner._convert_state_dict_for_initial_model.__func__(cls, *args, **kwargs)  # refuses, by name
-
-
-def _take_over(edit: nn.Module, trained: nn.Module) -> None:
-    """Give `edit` the parameters of `trained`, in their precision."""
-    state = dict(trained.named_parameters())
-    for name, p in list(edit.named_parameters()):
-        setattr(edit, name, nn.Parameter(state[name].detach().clone(), requires_grad=p.requires_grad))
 
 
 register(JOINT_STEER_LORA, JointSteerLoraConfig, JointSteerLoraModel)

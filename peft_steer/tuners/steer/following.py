@@ -10,7 +10,6 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
@@ -19,9 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from peft_steer.interventions.low_rank_form import LowRankForm
 
-
-if TYPE_CHECKING:
-    from .layer import SteerLayer
+from .layer import SteerLayer
 
 
 # In the names of the parameters that are shown. It has neither tuner's prefix in it, by which trainers leave out what
@@ -75,10 +72,8 @@ def _in_training(path: str) -> list[BaseTuner]:
     return [t for t in named if any(p.requires_grad for layer in layers(t).values() for p in layer.parameters())]
 
 
-def layers(tuner: BaseTuner) -> "dict[str, SteerLayer]":
+def layers(tuner: BaseTuner) -> dict[str, SteerLayer]:
     """The steering layers, by the name of the module that they steer."""
-    from .layer import SteerLayer
-
     return {name.rpartition(".")[0]: m for name, m in tuner.model.named_modules() if isinstance(m, SteerLayer)}
 
 

@@ -1,17 +1,21 @@
 """Where a configuration puts its layers in a given model, and what is checked before they are put there."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_steer.interventions.optimizer_hooks import Group
 from peft_steer.sites import Site, find_sites, hidden_size, select_blocks
 
+from . import following
 from .config import SteerConfig
 from .layer import CHILD, INPUT_CHILD
+from .position_hooks import track
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,19 @@ class Plan:
     sites: Mapping[str, Site]
     excluded: frozenset[str] = frozenset()
     group: Group = field(default_factory=Group)
+
+
+@contextmanager
+def injecting(tuner: BaseTuner, model: nn.Module, adapter_name: str, positions: str) -> Iterator[None]:
+    """What comes before and after an adapter's layers are put into `model`.
+
+    Raises:
+        ValueError: if the adapter cannot have that name.
+    """
+    check_adapter_name(model, adapter_name)
+    yield
+    track(model, positions)
+    following.TUNERS.add(tuner)
 
 
 def resolve_sites(model: nn.Module, config: SteerConfig) -> dict[str, Site]:

@@ -10,10 +10,10 @@ from peft_steer.interventions import Intervention
 from peft_steer.interventions.optimizer_hooks import Group
 from peft_steer.positions.spec import Selection, split
 from peft_steer.sites import Site
+from peft_steer.utils.devices import device_and_dtype
 
 from .config import SteerConfig
-from .folding import Folding
-from .placement import device_and_dtype
+from .merging.folding import Folding
 from .strength import LayerStrength
 
 

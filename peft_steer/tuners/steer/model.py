@@ -12,21 +12,21 @@ from torch import nn
 
 from peft_steer.registration import register
 from peft_steer.utils.bitsandbytes import keep_unpacked
+from peft_steer.utils.devices import device_and_dtype
 
 from . import following
-from .combining import add_up, config_of_sum
 from .config import STEER, SteerConfig
 from .injection import (
     Plan,
-    check_adapter_name,
     check_state_dict,
+    injecting,
     plan_injection,
     resolve_sites,
 )
 from .layer import CHILD, INPUT_CHILD, SteerLayer, steered_layers
-from .merging import plan_merge, refuse_added_biases, refuse_to_save
-from .placement import device_and_dtype
-from .position_hooks import check_stacks, track, untrack
+from .merging.plan import plan_merge, refuse_added_biases, refuse_to_save
+from .merging.weighted_sums import add_up, config_of_sum
+from .position_hooks import check_stacks, untrack
 from .strength import Strength
 from .wrapping import unwrapped_key
 
@@ -77,20 +77,18 @@ class SteerModel(Strength, BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        check_adapter_name(model, adapter_name)
-        if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
-            child = rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})"
-            state_dict = {re.sub(child, ".", unwrapped_key(key)): x for key, x in state_dict.items()}
-            self._check_sites_of(state_dict, model, adapter_name)
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
-        track(model, self.peft_config[adapter_name].positions)
-        following.TUNERS.add(self)
+        with injecting(self, model, adapter_name, self.peft_config[adapter_name].positions):
+            if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
+                child = rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})"
+                state_dict = {re.sub(child, ".", unwrapped_key(key)): x for key, x in state_dict.items()}
+                self._check_sites_of(state_dict, model, adapter_name)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
 
     def _check_sites_of(self, state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
@@ -190,8 +188,8 @@ class SteerModel(Strength, BaseTuner):
         plan_merge(self.model, self.peft_config, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base's weights where that is exact; `merging.py` says where it is. If an inference
-        engine follows this model, show it the edits instead (see `following.py`).
+        """Fold adapters into the base's weights where that is exact; `merging/plan.py` says where it is. If an
+        inference engine follows this model, show it the edits instead (see `following.py`).
 
         Raises:
             ValueError: before anything is changed: if it is not exact for one of them, if an active adapter would be

@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Folding(nn.Module):
-    """What a [`SteerLayer`] does when it is merged. `merging.py` says where that is exact.
+    """What a [`SteerLayer`] does when it is merged. `plan.py` says where that is exact.
 
     The linear layer's own weight and bias are kept as buffers, so that they are copied, moved and cast with the model;
     no file has them.

@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from peft_steer.interventions import FixedVector
 
-from .config import SteerConfig
-from .layer import SteerLayer
+from ..config import SteerConfig
+from ..layer import SteerLayer
 
 
 def config_of_sum(

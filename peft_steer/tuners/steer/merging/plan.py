@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_steer.sites import Site, output_linear, site_module
 
-from .config import SteerConfig
-from .injection import resolve_sites
-from .layer import CHILD, SteerLayer
+from ..config import SteerConfig
+from ..injection import resolve_sites
+from ..layer import CHILD, SteerLayer
 
 
 def plan_merge(
