@@ -14,6 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
+if os.environ.get("MISALIGNED"):
+    import misaligned
+
+    misaligned.install()
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> str:
     """The folder of a random two-block Llama with a byte tokenizer."""
