@@ -1,7 +1,7 @@
 """Fields of a configuration that belong to one kind of intervention: their defaults and what they may be."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,12 @@ class Option:
 
     default: Any
     check: Callable[[str, Any], None]
+
+
+def check_member(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise `ValueError` unless `value` is one of `allowed`."""
+    if value not in list(allowed):
+        raise ValueError(f"`{name}={value!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from head_training import edits, sft, sgd
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from tiny import inputs, make, randomize, steer_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -130,9 +130,27 @@ def test_merging_while_training_folds_in_the_gates_of_evaluation():
     torch.testing.assert_close(model.eval()(**inputs()).logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def penalty(model, t):
+# What is configured, and `lambda` after `t` steps.
+SCHEDULES = {
+    "the default": ({}, lambda t: 0.1 * math.exp(-0.01 * t)),
+    "exponential": (
+        {"gate_schedule": "exponential", "gate_lambda": 0.9, "gate_steps": 2},
+        lambda t: 0.9 * math.exp(-0.5 * t),
+    ),
+    "linear": ({"gate_schedule": "linear", "gate_steps": 4}, lambda t: 0.0 + (0.2 - 0.0) * min(t / 4, 1)),
+    "past its end": (
+        {"gate_schedule": "linear", "gate_lambda": 0.8, "gate_steps": 1},
+        lambda t: [0.0, 0.8, 0.8][t],
+    ),
+    "cyclic": ({"gate_schedule": "cyclic"}, lambda t: 0.5 + 0.5 * math.sin(2 * math.pi * t / 20)),
+    "a short cycle": ({"gate_schedule": "cyclic", "gate_steps": 4}, lambda t: [0.5, 1.0, 0.5][t]),
+    "constant": ({"gate_schedule": "constant"}, lambda t: 0.1),
+    "another constant": ({"gate_schedule": "constant", "gate_lambda": 1}, lambda t: 1.0),
+}
+
+
+def penalty(model, weight):
     """`[lambda sum_l mean_h p1 + (1 - lambda) sum_l mean_h p2] / (L H)`."""
-    weight = 0.1 * math.exp(-0.01 * t)
     sums = [
         sum(torch.sigmoid(getattr(edit, name) + 0.33 * math.log(11)).mean() for edit in edits(model))
         for name in ("log_g1", "log_g2")
@@ -164,14 +182,15 @@ def test_some_tokens_alone():
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-def test_the_penalty_and_its_schedule(batches):
+@pytest.mark.parametrize(("name", "batches"), [("the default", 2), *((name, 1) for name in SCHEDULES)])
+def test_the_penalty_and_its_schedule(name, batches):
     """Updates whose loss has no gradient are those of the penalty alone, with the lambda of the step."""
-    model = jola().train()
+    config, weight = SCHEDULES[name]
+    model = jola(**config).train()
     optimizer = sgd(model, lr=10.0)
     for t in range(3):
         log_gs = [getattr(edit, name) for edit in edits(model) for name in ("log_g1", "log_g2")]
-        gradients = torch.autograd.grad(penalty(model, t), log_gs)
+        gradients = torch.autograd.grad(penalty(model, weight(t)), log_gs)
         expected = [p - 10.0 * g for p, g in zip(log_gs, gradients, strict=True)]
         for _ in range(batches):
             (0.0 * model(**inputs()).logits.sum()).backward()
@@ -180,6 +199,35 @@ def test_the_penalty_and_its_schedule(batches):
         for p, value in zip(log_gs, expected, strict=True):
             torch.testing.assert_close(p, value, rtol=1e-5, atol=1e-7)
     assert {int(edit.steps) for edit in edits(model)} == {3}
+
+
+def test_the_schedule_is_saved_with_the_adapter(tmp_path):
+    for name, (config, _) in SCHEDULES.items():
+        saved = JolaConfig(**config)
+        saved.save_pretrained(tmp_path / name)
+        loaded = PeftConfig.from_pretrained(tmp_path / name)
+        assert all(getattr(loaded, field) == value for field, value in config.items())
+        assert loaded.to_dict() == saved.to_dict()
+    config = JolaConfig()
+    assert (config.gate_schedule, config.gate_lambda, config.gate_steps) == ("exponential", 0.1, 100)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"gate_schedule": "expon"}, r"`gate_schedule='expon'` is unknown; choose one of 'exponential', 'linear'"),
+        ({"gate_schedule": "linear"}, r"`gate_schedule='linear'` needs `gate_steps`"),
+        ({"gate_schedule": "cyclic", "gate_lambda": 0.1}, r"`gate_lambda=0.1` contradicts `gate_schedule='cyclic'`"),
+        ({"gate_schedule": "constant", "gate_steps": 9}, r"`gate_steps=9` contradicts `gate_schedule='constant'`"),
+        ({"gate_lambda": 1.5}, r"`gate_lambda=1.5` must be at most 1"),
+        ({"gate_lambda": -0.1}, r"`gate_lambda=-0.1` must be a finite number of at least 0"),
+        ({"gate_steps": 0}, r"`gate_steps=0` must be an integer of at least 1"),
+        ({"kind": "lofit", "gate_lambda": 0.1}, r"`gate_lambda=0.1` contradicts `kind='lofit'`: only kind='jola'"),
+    ],
+)
+def test_schedules_that_contradict_themselves(config, message):
+    with pytest.raises(ValueError, match=message):
+        JolaConfig(**config)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -197,8 +245,9 @@ def test_checkpointing_draws_the_same_gates_again(reentrant):
 
 
 def test_sft_and_resume(tmp_path, tiny_llama):
-    whole = sft(tiny_llama, tmp_path / "whole", kind="jola")
-    resumed = sft(tiny_llama, tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"), kind="jola")
+    config = {"kind": "jola", "gate_schedule": "cyclic", "gate_steps": 5}
+    whole = sft(tiny_llama, tmp_path / "whole", **config)
+    resumed = sft(tiny_llama, tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"), **config)
     expected = {k: x for k, x in whole.model.state_dict().items() if "steer_edit" in k}
     assert {int(x) for k, x in expected.items() if k.endswith("steps")} == {6}
     assert all(torch.equal(x, expected[k]) for k, x in resumed.model.state_dict().items() if "steer_edit" in k)

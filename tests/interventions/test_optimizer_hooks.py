@@ -29,7 +29,7 @@ def periodic():
 MODELS = {
     "lofit": lambda: penalized(LofitConfig(l1_lambda=0.05, selection_step=100)),
     "lofit, chosen": lambda: penalized(LofitConfig(l1_lambda=0.05, selection_step=2, num_heads=3)),
-    "jola": lambda: penalized(JolaConfig()),
+    "jola": lambda: penalized(JolaConfig(gate_schedule="cyclic", gate_steps=4)),
     "periodic": periodic,
 }
 OPTIMIZERS = {

@@ -2,14 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 from peft.config import PeftConfig
 
 from peft_steer.interventions import KINDS, Intervention
-from peft_steer.interventions.options import check_count
+from peft_steer.interventions.options import check_count, check_member
 from peft_steer.positions.spec import check_positions, split
 from peft_steer.registration import add_peft_type
 from peft_steer.sites import SITES
@@ -22,11 +22,6 @@ SITE_HELP = (
     "Where: 'block', 'mlp' or 'attention' (their outputs), or 'heads' (the input of the output projection); or a list."
 )
 STEER = add_peft_type("STEER")
-
-
-def _check_member(name: str, value: Any, allowed: Iterable[str]) -> None:
-    if value not in list(allowed):
-        raise ValueError(f"`{name}={value!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
 
 def _names(condition: Callable[[type[Intervention]], bool]) -> str:
@@ -75,6 +70,15 @@ class SteerConfig(PeftConfig):
             it are its first stage, those after it the second; give them as many steps as either needs.
         l1_lambda (`float`, *optional*):
             With `kind="lofit"`: factor of the penalty of the first stage, by default 5e-4.
+        gate_schedule (`str`, *optional*):
+            With `kind="jola"`: how `lambda`, the weight of the penalty on the gate of `v` (`1 - lambda` weighs that on
+            the gate of `A`), goes with the optimizer steps `t` done: `"exponential"`, `gate_lambda exp(-t /
+            gate_steps)`, the default; `"linear"`, from 0 to `gate_lambda` in `gate_steps`; `"cyclic"`, `0.5 + 0.5
+            sin(2 pi t / gate_steps)`; or `"constant"`, `gate_lambda`.
+        gate_lambda (`float`, *optional*):
+            With `kind="jola"`: see `gate_schedule`; by default 0.1, with `"linear"` 0.2.
+        gate_steps (`int`, *optional*):
+            With `kind="jola"`: see `gate_schedule`; by default 100, with `"cyclic"` 20. `"linear"` needs it.
         target_modules (`Union[list[str], str]`, *optional*):
             The names of the blocks to steer: a list of names or suffixes, or a regular expression. By default every
             block of the text decoder, and of the encoder if the model has both.
@@ -120,6 +124,16 @@ class SteerConfig(PeftConfig):
     )
     l1_lambda: float | None = field(
         default=None, metadata={"help": "With kind='lofit': factor of the first stage's penalty; default: 5e-4."}
+    )
+    gate_schedule: str | None = field(
+        default=None,
+        metadata={"help": "With kind='jola': 'exponential' (default), 'linear', 'cyclic' or 'constant' lambda."},
+    )
+    gate_lambda: float | None = field(
+        default=None, metadata={"help": "With kind='jola': first, last or constant lambda; default: 0.1, linear: 0.2."}
+    )
+    gate_steps: int | None = field(
+        default=None, metadata={"help": "With kind='jola': steps of the schedule; default: 100, cyclic: 20."}
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -199,7 +213,7 @@ class SteerConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         self.rank_pattern = self.rank_pattern or {}
         self._check_site()
-        _check_member("kind", self.kind, KINDS)
+        check_member("kind", self.kind, KINDS)
         self._check_positions()
         self._check_numbers()
         self._check_kind()
@@ -207,7 +221,7 @@ class SteerConfig(PeftConfig):
 
     def _check_site(self) -> None:
         for site in self.sites:
-            _check_member("site", site, SITES)
+            check_member("site", site, SITES)
         if not self.sites or len(set(self.sites)) < len(self.sites):
             raise ValueError(f"`site={self.site!r}` must name at least one place, and each only once.")
 
@@ -243,7 +257,7 @@ class SteerConfig(PeftConfig):
                     f"`activation={self.activation!r}` contradicts {kind}: only the kinds "
                     f"{_names(lambda c: bool(c.activations))} have one. Remove `activation` or choose one of them."
                 )
-            _check_member("activation", self.activation, cls.activations)
+            check_member("activation", self.activation, cls.activations)
         if self.use_bias and not cls.has_bias:
             raise ValueError(
                 f"`use_bias=True` contradicts {kind}: only {_names(lambda c: c.has_bias)} has an optional bias."

@@ -46,9 +46,9 @@ class LofitConfig(SteerConfig):
 class JolaConfig(SteerConfig):
     """
     [`SteerConfig`] with JoLA as default (arXiv 2502.01179): `z' = (1 + g2 * A) * z + g1 * v` for every attention head,
-    on every token, with hard-concrete gates `g1`, `g2` of each head and a penalty on their being open. The constants
-    are the paper's (see `jola.py`). Trainers stay as they are: the penalty is added, and the steps of its
-    schedule are counted, around the optimizer's step (see `optimizer_hooks.py`).
+    on every token, with hard-concrete gates `g1`, `g2` of each head and a penalty on their being open, which
+    `gate_schedule` weighs. The other constants are the paper's (see `jola.py`). Trainers stay as they are: the penalty
+    is added, and the steps of its schedule are counted, around the optimizer's step (see `optimizer_hooks.py`).
     """
 
     site: str = field(default="heads", metadata={"help": SITE_HELP})
