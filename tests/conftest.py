@@ -3,6 +3,7 @@
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
@@ -18,6 +19,11 @@ if os.environ.get("MISALIGNED"):
     import misaligned
 
     misaligned.install()
+
+# Other processes that a test starts find the helpers as this one does.
+_HELPERS = Path(__file__).parent / "helpers"
+_FOLDERS = [_HELPERS, *(folder for folder in _HELPERS.iterdir() if folder.is_dir())]
+os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="session")

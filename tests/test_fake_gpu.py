@@ -6,7 +6,6 @@ all of `fake_gpu_checks.py`, and each of its checks is a test here.
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,11 @@ import pytest
 from tiny import HEAD_KINDS, KINDS
 
 
-HELPERS = Path(__file__).parent / "helpers"
+CHECKS = Path(__file__).parent / "helpers" / "processes" / "fake_gpu_checks.py"
 NAMES = [f"train {name}" for name in (*KINDS, *HEAD_KINDS, "joint")]
 NAMES += [
     decorator.args[0].value
-    for function in ast.parse((HELPERS / "fake_gpu_checks.py").read_text()).body
+    for function in ast.parse(CHECKS.read_text()).body
     if isinstance(function, ast.FunctionDef)
     for decorator in function.decorator_list
 ]
@@ -29,9 +28,7 @@ NAMES += [
 def results(tmp_path_factory) -> dict[str, str]:
     """The traceback of each check, empty if it passed."""
     path = tmp_path_factory.mktemp("fake-gpu") / "results.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])}
-    call = [sys.executable, str(HELPERS / "fake_gpu_checks.py"), str(path)]
-    result = subprocess.run(call, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, CHECKS, path], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(path.read_text())
 

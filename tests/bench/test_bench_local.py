@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import bench_cells
 import pytest
 from bench_cells import LORA, make_cell, measured
 
@@ -66,7 +67,7 @@ def test_two_at_a_time_and_a_killed_worker(bench_reference, tiny_llama, tmp_path
 def test_two_runners_and_one_is_killed(bench_reference, tmp_path, capfd):
     """Each cell is run by one of them, but for the one that the killed runner had begun."""
     cells, results, _ = bench_reference
-    script = Path(__file__).parents[1] / "helpers" / "bench_cells.py"
+    script = bench_cells.__file__
     log = tmp_path / "log"
     with log.open("wb") as file:
         other = subprocess.Popen([sys.executable, script, cells[0].source, tmp_path / "out"], stdout=file)

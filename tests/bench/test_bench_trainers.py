@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+import trainer_cells
 from bench_cells import LORA, STEER, make_cell
 from peft import PeftModel
 from trainer_cells import GRPO, grpo_cell, some_cells
@@ -180,7 +180,7 @@ def test_a_killed_run_by_reinforcement_goes_on(tiny_llama, tmp_path):
     """What was finished is not run again; of what was not, nothing is left that a later run would take for whole."""
     done, endless = some_cells(tiny_llama)
     store = Store(tmp_path / "out")
-    script = Path(__file__).parents[1] / "helpers" / "trainer_cells.py"
+    script = trainer_cells.__file__
     process = subprocess.Popen([sys.executable, script, tiny_llama, store.directory], start_new_session=True)
     lock = store.directory / "locks" / f"{endless.training_key}.lock"
     deadline = time.monotonic() + 300

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import harness
 import pytest
 import torch
 import transformers as tf
@@ -89,7 +90,7 @@ def test_two_processes(tiny_llama, adapters, command, tmp_path):
     config = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "config.yaml"]
-    launch += ["--main_process_port", port, Path(__file__).parents[1] / "helpers" / "harness_worker.py"]
+    launch += ["--main_process_port", port, Path(harness.__file__).with_name("harness_worker.py")]
     arguments = ["--model", "peft-steer", "--tasks", "listops_short,list_max_min", "--limit", 5, "--log_samples"]
     arguments += ["--batch_size", "auto", "--max_batch_size", 4, "--device", "cpu"]
     arguments += [

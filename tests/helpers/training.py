@@ -1,7 +1,11 @@
-"""A few plain optimizer steps."""
+"""A few plain optimizer steps, and gradients by name."""
 
 import torch
 from tiny import inputs
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def train(model, steps=8, lr=0.02):

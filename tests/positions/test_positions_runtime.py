@@ -1,5 +1,4 @@
-"""Positions under everything that runs a model: checkpointing, compilation, copies, several adapters, other model
-classes, merging."""
+"""Positions under whatever runs a model: checkpointing, compilation, copies; what they cost in memory and time."""
 
 import copy
 import io
@@ -8,28 +7,17 @@ import pickle
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from positions_batch import batch, tokens_of_a_prompt
-from positions_reference import GREEDY, SPECS, expected, mask_of, steered, tokens
+from positions_reference import GREEDY, steered, tokens
 from tiny import (
-    METHODS,
     SITES,
-    SMALL,
-    assert_equal_but_for_rounding,
-    inputs,
-    make,
     randomize,
-    reference_delta,
-    steer_layers,
 )
 from torch.profiler import profile
+from training import gradients
 
-from peft_steer import SteerConfig, steered_positions
+from peft_steer import steered_positions
 from peft_steer.cost import saved_bytes
-
-
-def gradients(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -109,175 +97,6 @@ def test_copies_and_pickles():
         assert torch.equal(model.generate(**tokens_of_a_prompt(), **GREEDY), want)
 
 
-def test_injected_without_a_peft_model():
-    """transformers' own adapters, and PEFT's `inject_adapter_in_model`."""
-    want = steered(positions="f2+l1").generate(**tokens_of_a_prompt(), **GREEDY)
-    native = make()
-    native.add_adapter(SteerConfig(r=4, kind="nonlinear", positions="f2+l1"))
-    for model in (native, inject_adapter_in_model(SteerConfig(r=4, kind="nonlinear", positions="f2+l1"), make())):
-        randomize(model, std=0.5)
-        assert torch.equal(model.eval().generate(**tokens_of_a_prompt(), **GREEDY), want)
-        model(**batch())
-        assert steered_positions(model) == 6
-
-
-def test_saved_and_loaded(tmp_path):
-    model = steered(positions="f2+l1")
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make(), tmp_path)
-    assert_equal_but_for_rounding(loaded.eval()(**batch()).logits, model(**batch()).logits)
-    assert torch.equal(mask_of(loaded), mask_of(model))
-
-
-def test_several_adapters_with_other_positions():
-    """Active together, each where it acts; rows of one batch with different ones."""
-    model = steered(positions="f2")
-    model.add_adapter("second", SteerConfig(kind="vector", positions="completion"))
-    model.add_adapter("everywhere", SteerConfig(kind="vector"))
-    randomize(model, std=0.5)
-    x = batch()
-    model.base_model.set_adapter(["default", "second"])
-    seen = []
-    layer = next(iter(steer_layers(model).values()))
-    layer.register_forward_hook(lambda m, args, out: seen.extend((args[0], out)))
-    model(**x)
-    h, out = seen
-    first, second = layer.steer_edit["default"], layer.steer_edit["second"]
-    want = h.clone()
-    f2 = torch.tensor([expected("f2", 5, 9), [*expected("f2", 4, 6), *[False] * 3]])
-    rest = torch.tensor([expected("completion", 5, 9), [*expected("completion", 4, 6), *[False] * 3]])
-    want[f2] += first.delta(h)[f2]
-    want[rest] += second.v
-    torch.testing.assert_close(out, want)
-    assert steered_positions(model) == int((f2 | rest).sum()) == 4 + 6
-
-    x = {**tokens_of_a_prompt()}
-    names = ["default", "__base__", "second", "everywhere"]
-    four = {name: value.repeat(2, 1) for name, value in x.items()}
-    together = model.generate(**four, adapter_names=names, **GREEDY)
-    for i, name in enumerate(names):
-        row = {key: value[i : i + 1] for key, value in four.items()}
-        assert torch.equal(model.generate(**row, adapter_names=[name], **GREEDY)[0], together[i])
-    model.set_adapter("everywhere")
-    model(**batch())
-    assert steered_positions(model) == 18
-    with model.disable_adapter():
-        model(**batch())
-        assert steered_positions(model) == 0
-
-
-def test_with_a_lora_adapter_that_does_not_need_positions():
-    """Where no adapter acts that needs to know the prompt, nothing has to be known."""
-    model = steered(positions="last")
-    with model.disable_adapter():
-        want = make()(**inputs()).logits
-        assert torch.equal(model(**inputs()).logits, want)
-    mixed = model.generate(**tokens_of_a_prompt(), adapter_names=["__base__", "__base__"], **GREEDY)
-    assert torch.equal(mixed, make().generate(**tokens_of_a_prompt(), **GREEDY))
-
-
-# --- separate weights for the first and the last tokens
-
-
-@pytest.mark.parametrize("kind", ["vector", "linear", "nonlinear", "loreft"])
-def test_separate_weights(kind, tmp_path):
-    """The first tokens have one edit, the last ones another; both are trained and saved."""
-    model = steered(kind=kind, positions="f2+l1", share_weights=False)
-    tied = steered(kind=kind, positions="f2+l1")
-    assert model.get_nb_trainable_parameters()[0] == 2 * tied.get_nb_trainable_parameters()[0]
-    seen = []
-    layer = next(iter(steer_layers(model).values()))
-    layer.register_forward_hook(lambda m, args, out: seen.extend((args[0], out)))
-    model(**batch()).loss.backward()
-    h, out = seen
-    edits = layer.steer_edit["default"]
-    for row, (first, last) in enumerate((([0, 1], [4]), ([0, 1], [3]))):
-        rest = [i for i in range(9) if i not in first + last]
-        assert torch.equal(out[row, rest], h[row, rest])
-        for name, at in (("prefix", first), ("suffix", last)):
-            want = reference_delta(edits[name], h[row, at])
-            torch.testing.assert_close((out - h)[row, at].double(), want, rtol=1e-3, atol=1e-5)
-    assert steered_positions(model) == 6
-    for name, g in gradients(model).items():  # no completion depends on what the last block makes of the first tokens
-        assert (g.abs().sum() > 0) != ("layers.2" in name and "prefix" in name)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make(), tmp_path, adapter_name="other").eval()
-    assert_equal_but_for_rounding(loaded(**batch()).logits, model(**batch()).logits)
-    native = make()
-    native.load_adapter(str(tmp_path))
-    assert_equal_but_for_rounding(native(**batch()).logits, model(**batch()).logits)
-    assert torch.equal(
-        loaded.generate(**tokens_of_a_prompt(), **GREEDY), model.generate(**tokens_of_a_prompt(), **GREEDY)
-    )
-
-
-@pytest.mark.parametrize("positions", ["all", "last", "f7", "prompt"])
-def test_separate_weights_need_two_ends(positions):
-    with pytest.raises(ValueError, match=r"`share_weights=False` contradicts `positions="):
-        SteerConfig(positions=positions, share_weights=False)
-
-
-# --- other classes of models
-
-
-@pytest.mark.parametrize("spec", ["f2+l1", "last", "prompt"])
-def test_classifiers_have_nothing_but_a_prompt(spec):
-    ids, mask = tokens(9, 6)
-    config = tf.LlamaConfig(**SMALL, num_labels=2)
-    for base in (make("bert"), tf.LlamaForSequenceClassification(config).eval()):
-        model = get_peft_model(base, SteerConfig(r=4, kind="nonlinear", positions=spec))
-        model(input_ids=ids, attention_mask=mask)
-        want = torch.zeros_like(mask, dtype=torch.bool)
-        want[0], want[1, :6] = torch.tensor(expected(spec, 9, 9)), torch.tensor(expected(spec, 6, 6))
-        assert torch.equal(mask_of(model), want)
-
-
-@pytest.mark.parametrize("spec", ["f2+l1", "last", "prompt"])
-def test_an_encoder_has_the_prompt(spec):
-    model = steered("t5", positions=spec, target_modules=r"encoder\.block\.\d+")
-    ids, mask = tokens(9, 6)
-    model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :4])
-    want = torch.zeros_like(mask, dtype=torch.bool)
-    want[0], want[1, :6] = torch.tensor(expected(spec, 9, 9)), torch.tensor(expected(spec, 6, 6))
-    assert torch.equal(mask_of(model), want)
-    together = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
-    assert torch.equal(mask_of(model), want)
-    for row, n in enumerate((9, 6)):
-        assert torch.equal(model.generate(input_ids=ids[row : row + 1, :n], **GREEDY)[0], together[row])
-
-
-def test_a_decoder_beside_an_encoder_has_the_completion():
-    model = steered("t5", positions="completion", target_modules=r"decoder\.block\.\d+")
-    ids, mask = tokens(9, 6)
-    labels = torch.tensor([[5, 6, 7, 2], [5, 2, -100, -100]])
-    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-    assert mask_of(model).tolist() == [[True] * 4, [True, True, False, False]]
-    assert all(g.abs().sum() > 0 for g in gradients(model).values())
-    cached = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
-    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **GREEDY), cached)
-    assert steered_positions(model) == 2 * 5
-
-
-# --- merging and unloading
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_merging_is_refused(spec):
-    model = steered(kind="vector", site="mlp", positions=spec)
-    with pytest.raises(ValueError, match=r"positions=.* edits some tokens, a weight all of them"):
-        model.merge_adapter()
-
-
-def test_unloading_leaves_the_model_as_it_was():
-    base = make()
-    before = {name for m in base.modules() for name in vars(m)}
-    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in base.modules())
-    model = get_peft_model(base, SteerConfig(positions="last")).unload()
-    assert {name for m in model.modules() for name in vars(m)} == before
-    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
-    assert model.generate.__func__ is type(model).generate
-
-
 @pytest.mark.parametrize("kind", ["vector", "nonlinear"])
 def test_memory_is_that_of_the_chosen_tokens(kind):
     """Kept for backward, beside what the model keeps for an edit of every token: the states of the chosen ones."""
@@ -287,9 +106,6 @@ def test_memory_is_that_of_the_chosen_tokens(kind):
     for spec, rows in share.items():
         extra = saved_bytes(steered(kind=kind, positions=spec).train(), x) - every
         assert extra <= layers * rows * d + 2048, spec
-
-
-# --- what a forward pass does beside the edits
 
 
 def test_no_search_and_no_mask_at_every_layer(monkeypatch):
@@ -306,34 +122,3 @@ def test_no_search_and_no_mask_at_every_layer(monkeypatch):
     made = [e.name for e in events.events() if e.name in ("aten::zeros", "aten::bitwise_or", "aten::full")]
     assert len(made) < len(model.model.layers), made
     assert steered_positions(model) == 6
-
-
-@pytest.mark.parametrize("method", ["steer", "joint"])
-def test_layers_that_come_and_go(method):
-    """The list of layers that is kept follows copies, further adapters at other blocks, blocks that are copied into
-    another model, and unloading."""
-    ids = inputs()["input_ids"]
-    model = steered(method=method, positions="last", layers_to_transform=[0])
-    name = {"steer": "layers_to_transform", "joint": "steer_layers_to_transform"}[method]
-
-    def masks(m):
-        m(input_ids=ids, prompt_lengths=[3, 4])
-        return {key: layer.steered.nonzero().tolist() for key, layer in steer_layers(m.get_base_model()).items()}
-
-    last = [[0, 2], [1, 3]]
-    assert masks(model) == {"model.layers.0": last}
-    other = copy.deepcopy(model)
-    config = METHODS[method](kind="nonlinear", r=4, positions="last", layers_to_transform=[2])
-    assert getattr(config, name) == [2]
-    other.add_adapter("more", config)
-    other.base_model.set_adapter(["default", "more"])
-    assert masks(other) == {"model.layers.0": last, "model.layers.2": last}
-    assert masks(model) == {"model.layers.0": last}
-    layers = model.get_base_model().model.layers
-    masks(model)
-    layers[1] = copy.deepcopy(layers[0])
-    layers[1].self_attn.layer_idx = 1
-    assert masks(model) == {"model.layers.0": last, "model.layers.1": last}
-    bare = other.unload()
-    assert not any("_kept_layers" in vars(m) for m in bare.modules())
-    assert torch.equal(bare(input_ids=ids).logits, make()(input_ids=ids).logits)

@@ -3,9 +3,58 @@
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from tiny import METHODS, inputs, make, randomize
+from positions_batch import batch, tokens_of_a_prompt
+from positions_reference import GREEDY, steered
+from tiny import (
+    METHODS,
+    assert_equal_but_for_rounding,
+    inputs,
+    make,
+    randomize,
+    reference_delta,
+    steer_layers,
+)
+from training import gradients
 
-from peft_steer import LoreftConfig, SteerConfig, orthogonality
+from peft_steer import LoreftConfig, SteerConfig, orthogonality, steered_positions
+
+
+@pytest.mark.parametrize("kind", ["vector", "linear", "nonlinear", "loreft"])
+def test_separate_weights(kind, tmp_path):
+    """The first tokens have one edit, the last ones another; both are trained and saved."""
+    model = steered(kind=kind, positions="f2+l1", share_weights=False)
+    tied = steered(kind=kind, positions="f2+l1")
+    assert model.get_nb_trainable_parameters()[0] == 2 * tied.get_nb_trainable_parameters()[0]
+    seen = []
+    layer = next(iter(steer_layers(model).values()))
+    layer.register_forward_hook(lambda m, args, out: seen.extend((args[0], out)))
+    model(**batch()).loss.backward()
+    h, out = seen
+    edits = layer.steer_edit["default"]
+    for row, (first, last) in enumerate((([0, 1], [4]), ([0, 1], [3]))):
+        rest = [i for i in range(9) if i not in first + last]
+        assert torch.equal(out[row, rest], h[row, rest])
+        for name, at in (("prefix", first), ("suffix", last)):
+            want = reference_delta(edits[name], h[row, at])
+            torch.testing.assert_close((out - h)[row, at].double(), want, rtol=1e-3, atol=1e-5)
+    assert steered_positions(model) == 6
+    for name, g in gradients(model).items():  # no completion depends on what the last block makes of the first tokens
+        assert (g.abs().sum() > 0) != ("layers.2" in name and "prefix" in name)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path, adapter_name="other").eval()
+    assert_equal_but_for_rounding(loaded(**batch()).logits, model(**batch()).logits)
+    native = make()
+    native.load_adapter(str(tmp_path))
+    assert_equal_but_for_rounding(native(**batch()).logits, model(**batch()).logits)
+    assert torch.equal(
+        loaded.generate(**tokens_of_a_prompt(), **GREEDY), model.generate(**tokens_of_a_prompt(), **GREEDY)
+    )
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "f7", "prompt"])
+def test_separate_weights_need_two_ends(positions):
+    with pytest.raises(ValueError, match=r"`share_weights=False` contradicts `positions="):
+        SteerConfig(positions=positions, share_weights=False)
 
 
 def test_the_old_name_of_share_weights(tmp_path):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import scale_worker
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -16,7 +17,6 @@ from safetensors.torch import load_file
 from scale_worker import JOBS, sft
 
 
-WORKER = Path(__file__).parents[1] / "helpers" / "scale_worker.py"
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate_configs"
 NAMES = ("single", "ddp", "fsdp2", "fsdp2_checkpointing", "deepspeed_zero2", "deepspeed_zero3")
 CPU = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
@@ -79,7 +79,7 @@ def launched(request, tmp_path_factory, base) -> tuple[str, Path]:
     command += [
         "--main_process_port",
         str(port),
-        str(Path(__file__).parents[1] / "helpers" / "scale_worker.py"),
+        scale_worker.__file__,
         str(folder),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -10,7 +10,7 @@ from peft_steer.bench.grid.parse import load_grid
 from peft_steer.evaluation.tasks import OUR_TASKS
 
 
-GRIDS = sorted((Path(__file__).parents[2] / "recipes" / "bench").glob("*.yaml"))
+GRIDS = sorted((Path(__file__).parents[3] / "recipes" / "bench").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
