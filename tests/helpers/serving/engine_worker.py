@@ -38,13 +38,22 @@ def outputs(llm, requests, ids, max_tokens, prompt_logprobs):
     return found
 
 
+def reload(llm, file):
+    """Push the tensors of a file as to a server in training; with None, load the base from its checkpoint again."""
+    from safetensors.torch import load_file
+
+    pushed = {} if file is None else {"weights_iterator": iter(load_file(file).items())}
+    llm.collective_rpc("reload_weights", kwargs=pushed)
+    llm.reset_prefix_cache()
+
+
 def main(spec_file, result_file):
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     with open(spec_file) as file:
         spec = json.load(file)
-    paths = {path for requests in spec["rounds"] if not isinstance(requests, str) for _, path in requests if path}
+    paths = {path for requests in spec["rounds"] if isinstance(requests, list) for _, path in requests if path}
     ids = {path: i for i, path in enumerate(sorted(paths), start=1)}
     start = time.perf_counter()
     result = {"error": None, "rounds": []}
@@ -55,6 +64,8 @@ def main(spec_file, result_file):
             try:
                 if isinstance(requests, str):  # an adapter to be loaded, as a server loads it
                     answers = llm.llm_engine.add_lora(LoRARequest(requests, 100 + len(result["rounds"]), requests))
+                elif isinstance(requests, dict):
+                    answers = reload(llm, requests["reload"])
                 else:
                     answers = outputs(llm, requests, ids, spec["max_tokens"], spec["prompt_logprobs"])
             except Exception as error:  # what a user would see is what the test looks at

@@ -85,7 +85,8 @@ def prompts(number: int = 4, seed: int = 0) -> list[list[int]]:
 def run_engine(
     folder: Path, model: str, rounds: list, prompt_logprobs: bool = True, max_tokens: int = 8, **engine
 ) -> dict:
-    """What `engine_worker.py` found for each round, a list of requests `(prompt, adapter or None)`."""
+    """What `engine_worker.py` found for each round: a list of requests `(prompt, adapter or None)`, an adapter to be
+    loaded, or `{"reload": a file of weights or None}`."""
     engine = {
         "model": model,
         "dtype": "float32",
@@ -109,7 +110,8 @@ def run_engine(
 def run_python(arguments: list[str], **environment: str) -> str:
     """What a Python process with the engine's environment prints."""
     variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=600)
+    # Seconds: a start takes 15, on a machine with other work ten times that.
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=1800)
     return done.stdout[-4000:] + done.stderr[-8000:]
 
 

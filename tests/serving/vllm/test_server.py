@@ -77,7 +77,7 @@ def server(base, adapters, tmp_path_factory):
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
         )
     try:
-        for _ in range(300):
+        for _ in range(900):
             assert process.poll() is None, log.read_text()[-8000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health")

@@ -11,7 +11,6 @@ from tiny import KINDS, reference_delta
 
 REQUESTS = [[prompt, None] for prompt in prompts()]
 CASES = {
-    "compiled": ("llama", {"kind": "nonlinear"}, 1.0),
     "compiled_loreft": ("qwen3", {"kind": "loreft", "site": ["block", "mlp"]}, 1.0),
     "vector": ("llama", {"kind": "vector"}, 1.0),
     "mixed_units": ("llama", {"kind": "noreft", "activation": "tanh", "site": "attention"}, 0.7),
