@@ -1,11 +1,13 @@
-"""The only place that touches PEFT itself: new members of `PeftType`, their entries in PEFT's mappings, and a check in
-`PeftModel.load_adapter`."""
+"""The only place that touches PEFT itself: new members of `PeftType`, their entries in PEFT's mappings, a check in
+`PeftModel.load_adapter`, and the number that `print_trainable_parameters` prints."""
 
 from functools import wraps
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.utils import PeftType, register_peft_method
+
+from peft_steer.interventions.base import idle_parameters, outlooks
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -68,4 +70,30 @@ def check_configurations_of_files() -> None:
     PeftModel.load_adapter = checked  # type: ignore[method-assign]
 
 
+def count_what_acts() -> None:
+    """Make `PeftModel.get_nb_trainable_parameters`, and so `print_trainable_parameters`, leave out what takes a
+    gradient but has no effect; the latter also says what will remain of it later in the training.
+
+    PEFT counts by `requires_grad`, which LoFiT cannot change between steps: an optimizer and DDP hold the parameters.
+    """
+    count = getattr(PeftModel.get_nb_trainable_parameters, "plain", PeftModel.get_nb_trainable_parameters)
+    show = getattr(PeftModel.print_trainable_parameters, "plain", PeftModel.print_trainable_parameters)
+
+    @wraps(count)
+    def acting(self: PeftModel) -> tuple[int, int]:
+        trainable, parameters = count(self)
+        return trainable - idle_parameters(self), parameters
+
+    @wraps(show)
+    def printed(self: PeftModel) -> None:
+        show(self)
+        for line in outlooks(self):
+            print(line)
+
+    acting.plain, printed.plain = count, show  # type: ignore[attr-defined]
+    PeftModel.get_nb_trainable_parameters = acting  # type: ignore[method-assign]
+    PeftModel.print_trainable_parameters = printed  # type: ignore[method-assign]
+
+
 check_configurations_of_files()
+count_what_acts()

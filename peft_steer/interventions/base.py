@@ -148,7 +148,12 @@ class Intervention(KeepsPrecision):
 
     def acting_parameters(self) -> int:
         """How many of the trained parameters have an effect."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return _trainable(self)
+
+    @staticmethod
+    def outlook(edits: list[Any]) -> str | None:
+        """A sentence if `edits`, those of one adapter, will train fewer parameters later in the training."""
+        return None
 
     def affine(self) -> Affine:
         """`(M, v)` with `dh = M h + v`, shapes `(d, d)` and `(d,)` in float32 or float64 (None stands for zero), or
@@ -164,13 +169,28 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _trainable(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _trained(model: torch.nn.Module) -> list[Intervention]:
+    edits = (module for module in model.modules() if isinstance(module, Intervention))
+    return [edit for edit in edits if _trainable(edit)]
+
+
+def idle_parameters(model: torch.nn.Module) -> int:
+    """Number of trained parameters of `model` that have no effect: what a method did not choose (LoFiT)."""
+    return sum(_trainable(edit) - edit.acting_parameters() for edit in _trained(model))
+
+
 def acting_parameters(model: torch.nn.Module) -> int:
-    """Number of trained parameters of `model` that have an effect: fewer than PEFT counts where a method has chosen
-    among them (LoFiT trains every head first and then a few)."""
-    edits = [module for module in model.modules() if isinstance(module, Intervention)]
-    idle = sum(
-        sum(p.numel() for p in edit.parameters()) - edit.acting_parameters()
-        for edit in edits
-        if any(p.requires_grad for p in edit.parameters())
-    )
-    return sum(p.numel() for p in model.parameters() if p.requires_grad) - idle
+    """Number of trained parameters of `model` that have an effect."""
+    return _trainable(model) - idle_parameters(model)
+
+
+def outlooks(model: torch.nn.Module) -> list[str]:
+    """What is to be said about the number of parameters that will be trained later, for each adapter."""
+    adapters: dict[Any, list[Intervention]] = {}
+    for edit in _trained(model):
+        adapters.setdefault(getattr(edit, "group", edit), []).append(edit)
+    return [line for edits in adapters.values() if (line := edits[0].outlook(edits))]

@@ -84,10 +84,22 @@ class Lofit(HeadEdit):
         v = at_least_float32(self.v) * self.selected[:, None]
         return at_least_float32(self.A) * first, torch.where(first, v.detach(), v)
 
+    @property
+    def has_chosen(self) -> bool:
+        return not self.steps.is_meta and int(self.steps.item()) >= self.selection_step
+
     def acting_parameters(self) -> int:
-        if self.steps.item() < self.selection_step:
-            return self.A.numel()
-        return int(self.selected.sum()) * self.v.shape[1]
+        return int(self.selected.sum()) * self.v.shape[1] if self.has_chosen else self.A.numel()
+
+    @staticmethod
+    def outlook(edits: list[Any]) -> str | None:
+        if edits[0].has_chosen:
+            return None
+        count, heads = _count(edits)
+        return (
+            f"LoFiT: {count * edits[0].v.shape[1]:,d} remain after {edits[0].selection_step} optimizer steps, when "
+            f"{count} of {heads} heads are chosen"
+        )
 
     @staticmethod
     def before_step(edits: list[Any], update: Update) -> None:
@@ -102,11 +114,17 @@ class Lofit(HeadEdit):
             _select(edits, update)
 
 
+def _count(edits: list[Lofit]) -> tuple[int, int]:
+    """How many heads are chosen, and of how many."""
+    heads = sum(len(edit.A) for edit in edits)
+    return edits[0].chosen or max(1, heads // 10), heads
+
+
 def _select(edits: list[Lofit], update: Update) -> None:
     norms = torch.cat([at_least_float32(whole(edit.A)).norm(dim=1) for edit in edits])
     if not norms.isfinite().all():
         raise RuntimeError("LoFiT cannot choose heads: `A` is not finite. Lower the learning rate.")
-    count = edits[0].chosen or max(1, len(norms) // 10)
+    count, _ = _count(edits)
     chosen = torch.zeros_like(norms, dtype=torch.bool)
     chosen[norms.sort(descending=True, stable=True).indices[:count]] = True
     for edit, selected in zip(edits, chosen.split([len(edit.A) for edit in edits]), strict=True):

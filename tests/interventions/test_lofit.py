@@ -124,13 +124,19 @@ def test_the_first_stage_trains_A_alone():
     assert set(torch.cat([edit.selected for edit in edits(model)]).nonzero().flatten().tolist()) == expected
 
 
-def test_what_acts_is_counted():
-    """All of `A` before the choice, the chosen heads' `v` after it."""
+def test_what_acts_is_counted(capsys):
+    """All of `A` before the choice, the chosen heads' `v` after it: what is printed too."""
     model = lofit(num_heads=5, selection_step=1)
-    assert acting_parameters(model) == 3 * 4 * 8
+    assert acting_parameters(model) == model.get_nb_trainable_parameters()[0] == 3 * 4 * 8
+    model.print_trainable_parameters()
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("trainable params: 96 || ")
+    assert others == ["LoFiT: 40 remain after 1 optimizer steps, when 5 of 12 heads are chosen"]
     optimizer = sgd(model)
     step(model, optimizer)
-    assert acting_parameters(model) == 5 * 8
+    assert acting_parameters(model) == model.get_nb_trainable_parameters()[0] == 5 * 8
+    model.print_trainable_parameters()
+    assert [line.partition(" || ")[0] for line in capsys.readouterr().out.splitlines()] == ["trainable params: 40"]
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     step(model, optimizer)
     moved = sum(int((p != before[name]).sum()) for name, p in model.named_parameters() if name in before)
@@ -138,6 +144,8 @@ def test_what_acts_is_counted():
     model.add_adapter("other", LofitConfig())
     assert acting_parameters(model) == 5 * 8
     assert acting_parameters(make()) == 0
+    with torch.device("meta"):
+        assert get_peft_model(make(), LofitConfig()).get_nb_trainable_parameters()[0] == 3 * 4 * 8
 
 
 def test_equals_are_chosen_from_below():
