@@ -238,7 +238,7 @@ def _save(trainer: Any, arguments: Arguments, name: str, source: Source) -> None
     trainer.save_model(training.output_dir)
     mixture = [data.path for data in arguments.mixture.datasets]
     data = arguments.task.task or (", ".join(mixture) if mixture else arguments.script.dataset_name)
-    card = make_card(trainer, name, source.label, f"`{data}`")
+    card = make_card(trainer, name, str(arguments.model.model_name_or_path), source, str(data))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.script.dataset_name)  # with TRL's card, which cannot load ours
     if trainer.accelerator.is_main_process:
