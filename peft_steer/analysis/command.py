@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
 
 def run_module(module: ModuleType, args: argparse.Namespace) -> None:
     """Runs an analysis with the log of `peft_steer` and without the warnings of other libraries."""
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("peft_steer").setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
     # PEFT still uses names that transformers has renamed.

@@ -1,7 +1,9 @@
 """`peft-steer recipes`: the recipes that ship, listed, or one of them copied to be changed."""
 
 import argparse
+import re
 import shutil
+from itertools import takewhile
 from pathlib import Path
 
 from peft_steer.utils.errors import UsageError, suggest
@@ -21,18 +23,20 @@ def main(argv: list[str]) -> int:
     copy.add_argument("target", nargs="?", type=Path, help="file or folder (default: this folder)")
     arguments = parser.parse_args(argv)
     if arguments.command is None:
-        print(
-            "\n".join([*map(_line, recipe_names()), "", "`--config NAME` runs one of sft, grpo or dpo by its name."])
-        )
+        names = recipe_names()
+        width = max(map(len, names)) + 2
+        lines = [f"{name:{width}}{_summary(name)}".rstrip() for name in names]
+        print("\n".join([*lines, "", "`--config NAME` runs one of sft, grpo or dpo by its name."]))
         return 0
     print(_copy(arguments.name, arguments.target))
     return 0
 
 
-def _line(name: str) -> str:
-    """The name, and the first comment of the file, which says what it is."""
-    first = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
-    return f"{name:36}{first.removeprefix('#').strip()}" if first.startswith("#") else name
+def _summary(name: str) -> str:
+    """The first sentence of the comment that the file begins with."""
+    lines = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    paragraph = " ".join(line[1:].strip() for line in takewhile(re.compile(r"# *\S").match, lines))
+    return re.split(r"(?<=[.?!])\s", paragraph, maxsplit=1)[0]
 
 
 def _copy(name: str, target: Path | None) -> Path:

@@ -52,7 +52,7 @@ class Command:
         Raises:
             UsageError: If the arguments cannot be used as given, before the model is loaded.
         """
-        logging.basicConfig(level=logging.WARNING)
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         logging.getLogger("peft_steer").setLevel(logging.INFO)
         arguments = parse(argv, f"peft-steer {self.name}", self.script_cls, self.training_cls)
         source, adapter = _checked(arguments)
@@ -162,6 +162,7 @@ def _make(
     trainer_cls: type[Trainer], arguments: Arguments, source: Source, adapter: str | None, prepared: dict[str, Any]
 ) -> Trainer:
     training, model_args = arguments.training, arguments.model
+    training.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns that it is of no use
     model_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training.trust_remote_code,
