@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from .arguments import with_underscores
+from .upstream import hush
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments = parser.parse_args(with_underscores(words))
         except SystemExit as exit_:  # argparse has printed the help or the error
             return int(exit_.code or 0)
+    hush()  # before PEFT is imported
     from peft_steer.commands.shell import run
 
     return run(f"peft-steer {name}", command.target, arguments)

@@ -6,8 +6,6 @@ import sys
 
 from peft_steer.utils.errors import UsageError
 
-from .upstream import hush
-
 
 def run(prog: str, target: str, arguments: argparse.Namespace | list[str]) -> int:
     """Calls a command with its arguments.
@@ -21,7 +19,6 @@ def run(prog: str, target: str, arguments: argparse.Namespace | list[str]) -> in
         The command's exit code, or 2 after a `UsageError`, whose message is printed. Other errors keep their
         traceback.
     """
-    hush()
     module, function = target.split(":")
     try:
         return getattr(importlib.import_module(module), function)(arguments) or 0
