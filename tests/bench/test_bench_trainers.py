@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import trainer_cells
+import yaml
 from bench_cells import LORA, STEER, make_cell
 from peft import PeftModel
 from trainer_cells import GRPO, grpo_cell, some_cells
@@ -27,6 +28,10 @@ from peft_steer.bench.store import Store
 from peft_steer.evaluation import tasks
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.tasks import pair_of
+from peft_steer_cli import main
+
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "bench"
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +203,30 @@ def test_a_killed_run_by_reinforcement_goes_on(tiny_llama, tmp_path):
     assert store.stamp(done) == stamp
     assert [step for step, _ in second["curves"]["reward"]] == [1, 2, 3]
     assert not store.adapter_path(endless).exists()
+
+
+@pytest.mark.slow
+def test_the_shipped_grid_runs(tiny_llama, tmp_path, capsys):
+    """`recipes/bench/rl_135m.yaml`, but for its sizes: a rate chosen on validation, reinforcement beside answers."""
+    few = {"n_train": 64, "n_validation": 16, "n_test": 16}
+    grid = yaml.safe_load((RECIPES / "rl_135m.yaml").read_text())
+    grid |= {"choose": {"limit": 4, "train": {"max_steps": 1}}, "seeds": [0], "kl_prompts": 2}
+    grid |= {"task": {"name": grid["task"], "limit": 4, "metadata": few}}
+    grid |= {"retention": [{"name": "listops_short", "limit": 2, "metadata": few}]}
+    grid["train"] |= {"max_steps": 2, "per_device_train_batch_size": 8}
+    rates = {"base": None, "vector": [5e-3, 1e-2], "LoRA r=1, SFT": 2e-3}
+    grid["methods"] = [method for method in grid["methods"] if method["name"] in rates]
+    for method in grid["methods"][1:]:
+        method["learning_rate"] = rates[method["name"]]
+    (tmp_path / "plain_text.txt").write_text("Nothing is forgotten. " * 20)
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    command = ["bench", str(tmp_path / "grid.yaml"), "--model", tiny_llama, "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "5 runs: 2 to choose on validation, 3 after it." in capsys.readouterr().out
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"| {name} " in table for name in rates)
+    assert main(command) == 0
+    assert capsys.readouterr().out.count(": finished before: ") == 5
 
 
 @pytest.mark.parametrize("trainer", ["sft", "grpo"])
