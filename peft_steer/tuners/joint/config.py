@@ -94,6 +94,12 @@ class JointSteerLoraConfig(_SteeringHalf, LoraConfig):
         }.items():
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with steering: {reason}. Use `LoraConfig` for it.")
+        if getattr(self.eva_config, "rho", 1.0) > 1:
+            raise ValueError(
+                f"`eva_config` has rho={self.eva_config.rho}: EVA would give layers other ranks, and take LoRA from "
+                "some, after the adapter is made; but steering follows the LoRA layers as they were made. Set "
+                "`eva_config=EvaConfig(rho=1.0)`."
+            )
 
     def _check_site(self) -> None:
         if "heads" in self.steer_config().sites:

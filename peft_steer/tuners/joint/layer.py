@@ -63,7 +63,8 @@ class JointSteerLayer(SteerLayer):
         return super().forward(hidden_states)
 
     # --- strength: one number for both halves, and LoRA's layers have it. PEFT's helpers know those alone:
-    # `rescale_adapter_scale` and others replace their `scaling`.
+    # `rescale_adapter_scale` and others replace their `scaling`. What they write into this layer's (hot-swapping, for
+    # every module that has one) counts for nothing.
 
     def follow(self, adapter_name: str, lora: LoraLayer) -> None:
         """From now on an adapter's edits are as strong, relative to their configuration, as its LoRA in `lora`."""
@@ -72,7 +73,7 @@ class JointSteerLayer(SteerLayer):
     def strength(self, adapter_name: str) -> float:
         lora, configured = self._leads[adapter_name]
         now = lora.scaling.get(adapter_name, configured)
-        return self.scaling[adapter_name] * (now / configured if configured else 1.0)
+        return self.initial_scaling[adapter_name] * (now / configured if configured else 1.0)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """LoRA's layers have it, as for the next two."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -107,6 +107,13 @@ class JointSteerLoraModel(Strength, LoraModel):
         self._plan = JointPlan(plan, writers, where)
         peft_config.steer_hidden_size, peft_config.steer_num_blocks = steer.hidden_size, steer.num_blocks
         keep_unpacked(model)
+
+    def _check_target_module_compatiblity(
+        self, peft_config: JointSteerLoraConfig, model: nn.Module, target_name: str
+    ) -> None:
+        as_lora = copy.copy(peft_config)  # PEFT asks for the type
+        as_lora.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
 
     def _is_targeted(self, config: JointSteerLoraConfig, name: str) -> bool:
         if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:  # PEFT has not resolved it yet

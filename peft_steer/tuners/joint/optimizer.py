@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, TrainingArguments
 
 from .layer import CONTAINER
@@ -76,3 +78,18 @@ def _groups(model: nn.Module, weight_decay: float, lora_lr: float, steer_lr: flo
         if not groups[half]["params"]:
             raise ValueError(f"The {half} half has no parameters that require gradients: is it a joint adapter?")
     return [group for group in groups.values() if group["params"]]
+
+
+def _refuse_lorafa(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """LoRA-FA takes every two parameters with "lora" in their names for an `A` that is frozen and its `B`."""
+    if not isinstance(optimizer, LoraFAOptimizer):
+        return
+    steering = [name for group in optimizer.param_groups for name in group["names"] if f".{CONTAINER}." in name]
+    if steering:
+        raise RuntimeError(
+            f"LoRA-FA cannot train joint adapters: it would take {steering[0]!r} for a matrix of LoRA's. Use "
+            "`JointOptimizer`, or another optimizer."
+        )
+
+
+register_optimizer_step_pre_hook(_refuse_lorafa)
