@@ -1,10 +1,13 @@
-"""Following a server whose structure is compared with that of the model in training; pushing to it needs GPUs."""
+"""Who follows a model in training; pushing to a server needs GPUs."""
+
+from types import SimpleNamespace
 
 import pytest
 from engines import load, save_adapter, save_model
 from vllm import EngineArgs
 
 from peft_steer.serving.vllm.live import follow_server
+from peft_steer.train.rollouts import check_followed
 from peft_steer.tuners.steer import following
 
 
@@ -39,3 +42,23 @@ def test_follow_server(tmp_path):
         follow_server(model, Client(base, peft_steer={"adapter": tanh}))
     with pytest.raises(ValueError, match="The vLLM server does not steer"):
         follow_server(model, Client(base))
+
+
+def test_the_check_before_the_first_step(tmp_path):
+    """An engine that does not follow, or follows with fewer edits than are in training, stops the run."""
+    base = save_model(tmp_path / "base")
+    model = load(base, save_adapter(base, tmp_path / "adapter", kind="vector"))
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    trainer = SimpleNamespace(args=SimpleNamespace(use_vllm=True), model=model, accelerator=accelerator)
+    names = {(f"model.layers.{i}", "v") for i in range(3)}
+    with pytest.raises(RuntimeError, match="3 modules are steered, and no vLLM engine follows them"):
+        check_followed(trainer)
+    fewer = following.Follower(names - {("model.layers.1", "v")})
+    following.follow(model.base_model, fewer)
+    with pytest.raises(RuntimeError, match="3 modules are steered"):
+        check_followed(trainer)
+    whole = following.Follower(names)
+    following.follow(model.base_model, whole)
+    assert check_followed(trainer) == 3
+    trainer.args.use_vllm = False
+    assert check_followed(trainer) == 0

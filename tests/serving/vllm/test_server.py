@@ -1,6 +1,7 @@
 """`peft-steer serve`: adapters by name over HTTP, loaded and unloaded while it runs."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -29,12 +30,15 @@ def adapters(base, tmp_path_factory) -> dict[str, str]:
     return {name: save_adapter(base, folder / name, **config) for name, config in kinds.items()}
 
 
-def test_the_command(base, adapters, tmp_path):
+def test_the_command(base, adapters, tmp_path, capsys):
     words = serve.command(base, adapters, 3, 9, ["--dtype", "float32"])
     assert words[words.index("--additional-config") + 1] == '{"peft_steer": {"sites": ["block", "mlp"]}}'
     assert words[words.index("--max-lora-rank") + 1] == "8"
     assert words[words.index("--lora-target-modules") + 1] == "steering"
     assert "--no-enable-prefix-caching" not in words
+    named = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
+    assert serve.main([base, *named, "--port", "9", "--dry-run", "--", "--dtype", "float32"]) == 0
+    assert shlex.split(capsys.readouterr().out) == ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", *words]
     joint = save_adapter(base, tmp_path / "joint", method="joint", kind="nonlinear", r=9)
     prompt = save_adapter(base, tmp_path / "prompt", positions="prompt")
     words = serve.command(base, {"joint": joint, "prompt": f"{prompt}@2"}, 1, 9, [])

@@ -91,6 +91,17 @@ def test_options(base, tmp_path):
     assert "tensor_parallel_size=2: peft-steer" in refused(base, {"adapter": adapter}, tensor_parallel_size=2)
 
 
+def test_a_version_that_was_not_tried_warns_once(base, tmp_path, monkeypatch, caplog):
+    from vllm import EngineArgs
+
+    from peft_steer.serving.vllm import options as ours
+
+    monkeypatch.setattr(ours, "TRIED", ("0.1",))
+    asked = {"peft_steer": {"adapter": save_adapter(base, tmp_path / "a")}}
+    EngineArgs(model=base, skip_tokenizer_init=True, max_model_len=64, additional_config=asked).create_engine_config()
+    assert sum("was tried with vLLM 0.1, this is" in record.message for record in caplog.records) == 1
+
+
 def test_an_architecture_that_is_not_in_the_table_is_refused(tmp_path):
     import transformers as tf
 
@@ -112,6 +123,8 @@ def test_adapters_that_cannot_be_served(base, tmp_path):
         adapter = save_adapter(base, tmp_path / str(i), **config)
         with pytest.raises(ValueError, match=message):
             read(adapter)
+    with pytest.raises(ValueError, match="a model with hidden_size=64; this one has 32"):
+        read(save_adapter(base, tmp_path / "good")).check_fits("it", 32, 3)
     adapter = save_adapter(base, tmp_path / "dora", method="joint", kind="linear")
     file = tmp_path / "dora" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
