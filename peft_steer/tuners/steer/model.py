@@ -169,7 +169,9 @@ class SteerModel(Strength, BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any
     ) -> None:
-        """Add an adapter that does what the weighted sum of others does: of fixed vectors, at the same sites.
+        """Add an adapter that does what the weighted sum of others does: of edits at the same sites and positions that
+        are affine (fixed vectors; linear ones and ReFT's without an activation, whose ranks add up), or nonlinear with
+        the same activation and no bias.
 
         Args:
             adapters: their names.

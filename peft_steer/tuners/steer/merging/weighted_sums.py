@@ -1,5 +1,7 @@
-"""Adapters that are weighted sums of others, where one of the same kind equals the sum: fixed vectors."""
+"""Adapters that are weighted sums of others, where one adapter equals the sum: fixed vectors, and low-rank edits with
+one activation, side by side."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
-from peft_steer.interventions import FixedVector
+from peft_steer.interventions.low_rank_form import LowRankForm
 
 from ..config import SteerConfig
 from ..layer import SteerLayer
@@ -31,23 +33,62 @@ def config_of_sum(
             f"`adapters={adapters!r}` with `weights={weights!r}`: one weight for each, of {list(tuner.peft_config)}."
         )
     configs = [tuner.peft_config[name] for name in adapters]
-    layers = [m for m in tuner.model.modules() if isinstance(m, SteerLayer)]
-    vectors = all(issubclass(c.intervention, FixedVector) and c.share_weights for c in configs)
-    same_tokens = len({c.positions for c in configs}) == 1
-    same_sites = all(len({name in layer.steer_edit for name in adapters}) == 1 for layer in layers)
-    if not (vectors and same_tokens and same_sites):
-        raise ValueError(
-            "Only fixed vectors, at the same sites and positions, have a weighted sum that is an adapter of their "
-            "kind. Activate the adapters together instead, `model.base_model.set_adapter([...])`, each with its "
-            "`model.set_scale(name, x)`."
-        )
-    return replace(configs[0], scale=1.0)
+    layers = {name.rpartition(".")[0]: m for name, m in tuner.model.named_modules() if isinstance(m, SteerLayer)}
+    same_sites = all(len({name in layer.steer_edit for name in adapters}) == 1 for layer in layers.values())
+    same_tokens = len({c.positions for c in configs}) == 1 and all(c.share_weights for c in configs)
+    if not (same_tokens and same_sites):
+        raise _no_sum("they must be at the same sites and positions, with one edit for them")
+    terms = {
+        name: _terms(layer, adapters, weights) for name, layer in layers.items() if adapters[0] in layer.steer_edit
+    }
+    activations = {f for forms in terms.values() for form in forms for f in form.activations}
+    constants = [form for forms in terms.values() for form in forms if form.v is not None or form.c is not None]
+    if len(activations) > 1 or (activations - {None} and constants):
+        raise _no_sum("edits with different activations, or with one and a bias, do not fit into one of their kinds")
+    ranks = {name: sum(len(form.A) for form in forms) for name, forms in terms.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    for name, rank in ranks.items():
+        if rank > layers[name].in_features:
+            raise _no_sum(f"the sum at {name!r} has rank {rank}, more than the width {layers[name].in_features}")
+    if not activations:
+        return replace(configs[0], kind="vector", activation=None, use_bias=False, rank_pattern={}, scale=1.0)
+    (activation,) = activations
+    return replace(
+        configs[0],
+        kind="nonlinear" if activation else "linear",
+        r=r,
+        activation=activation,
+        use_bias=bool(constants),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        scale=1.0,
+    )
+
+
+def _no_sum(reason: str) -> ValueError:
+    return ValueError(
+        f"No adapter equals the weighted sum of these: {reason}. Activate the adapters together instead, "
+        "`model.base_model.set_adapter([...])`, each with its `model.set_scale(name, x)`."
+    )
+
+
+def _terms(layer: SteerLayer, adapters: list[str], weights: list[float]) -> list[LowRankForm]:
+    """The edits of the adapters, at their present strength times their weight."""
+    forms = [layer.steer_edit[n].low_rank(w * layer.strength(n)) for n, w in zip(adapters, weights, strict=True)]
+    if any(form is None for form in forms):
+        raise _no_sum("LoFiT's and JoLA's edits are of no low rank")
+    return forms
 
 
 @torch.no_grad()
 def add_up(layers: Iterable[SteerLayer], adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    """Write the weighted sum of the adapters' vectors, at their present strength, into those of `adapter_name`."""
+    """Write the weighted sum of the adapters, at their present strength, into `adapter_name`."""
     for layer in layers:
-        if adapter_name in layer.steer_edit:
-            parts = [w * layer.scaling[n] * layer.steer_edit[n].v for n, w in zip(adapters, weights, strict=True)]
-            layer.steer_edit[adapter_name].v.copy_(torch.stack(parts).sum(0))
+        if adapter_name not in layer.steer_edit:
+            continue
+        edit, forms = layer.steer_edit[adapter_name], _terms(layer, adapters, weights)
+        constants = [form.v for form in forms if form.v is not None]
+        if constants:
+            (edit.b if edit.has_rank else edit.v).copy_(torch.stack(constants).sum(0))
+        if edit.has_rank:
+            edit.W_down.copy_(torch.cat([form.A for form in forms]))
+            edit.W_up.copy_(torch.cat([form.B for form in forms], dim=1))
