@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -21,6 +22,10 @@ def run(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], 
     logger = logging.getLogger("peft_steer")
     level = logger.level
     logger.setLevel(logging.INFO)
+    # About transformers' own code, PEFT's for merging, and a kernel that is faster and not needed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         action(args)
     except ModuleNotFoundError as error:

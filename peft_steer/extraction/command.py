@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 from lm_eval.api.task import ConfigurableTask
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from peft_steer import SteerConfig
 from peft_steer.evaluation.splits import complete_splits
 from peft_steer.evaluation.tasks import evaluate_on, load_task
+from peft_steer.utils.errors import usage_errors
 from peft_steer.utils.hub import find_model
 
 from .directions import direction, with_norm
@@ -36,6 +37,8 @@ def extract(args: argparse.Namespace) -> None:
     """
     task = _task(args)
     source = find_model(args.model)
+    with usage_errors(f"--model: {args.model!r} cannot be loaded: "):
+        AutoConfig.from_pretrained(source.path)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     used, held_out = _pairs(args, tokenizer)
     model = _model(args, source.path)
@@ -53,7 +56,7 @@ def extract(args: argparse.Namespace) -> None:
     config = model.peft_config["default"]
     config.scale = scale
     config.base_model_name_or_path = args.model
-    model.save_pretrained(args.output)
+    model.save_pretrained(args.output, save_embedding_layers=False)
     tokenizer.save_pretrained(args.output)
     facts = {
         "arguments": {key: str(x) if isinstance(x, Path) else x for key, x in vars(args).items()},

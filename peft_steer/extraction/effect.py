@@ -1,6 +1,7 @@
 """What a strength does: to the odds of positive against negative answers, to a text's distance from the base, to a
 task's score."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 import torch
 from lm_eval.api.task import ConfigurableTask
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
 
 from .pairs import Pair, Text
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,16 @@ def effects(
     """The effect of every strength in `scales`, on held-out pairs and on the evaluated split of `task`. The adapter's
     strength is what it was afterwards."""
     found = []
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # that the model is an object is meant
+    harness = None if task is None else PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with model.disable_adapter():
         odds_0 = _log_odds(model, held_out)
-    for scale in scales:
+    for number, scale in enumerate(tqdm(scales, desc="Strengths", delay=2, disable=task is not None), 1):
         model.base_model.set_scale("default", scale)
         odds = _log_odds(model, held_out)
         result: dict[str, Any] = {}
         if task is not None:
-            harness = PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            logger.info("%s with strength %g (%d of %d)", task.config.task, scale, number, len(scales))
             scored = score(harness, task, limit)
             result = {"score": scored["score"], "stderr": scored["stderr"]}
         found.append(

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from peft_steer.sites import Block, site_module
@@ -48,7 +49,8 @@ def collect(
             hooks.callback(handle.remove)
         hooks.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
         model.eval()
-        for start in range(0, len(texts), batch_size):
+        starts = range(0, len(texts), batch_size)
+        for start in tqdm(starts, desc=f"States at {site!r}", unit="batch", delay=2):
             chosen = order[start : start + batch_size]
             ids, mask, span = _batch([texts[i] for i in chosen], tokens)
             model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)

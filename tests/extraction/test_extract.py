@@ -159,6 +159,7 @@ def test_system_prompts(tiny_llama, tmp_path):
         (["--pairs", "PAIRS", "--questions", "x"], "give either --pairs"),
         (["--questions", "x"], "--positive-system is missing"),
         (["--pairs", "missing.json"], "there is no file 'missing.json'"),
+        (["--pairs", "PAIRS", "--model", "no/such-model"], "--model: 'no/such-model' cannot be loaded"),
         (["--pairs", "PAIRS", "--positive-column", "good"], "no column 'good'; there are"),
         (["--pairs", "PAIRS", "--held-out", "0.1"], "2 would be held out"),
         (["--pairs", "PAIRS", "--held-out", "1"], "--held-out is 1.0"),

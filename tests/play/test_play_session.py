@@ -180,6 +180,8 @@ def test_an_error_in_generation_is_raised(folder, tiny_llama, monkeypatch):
         (["--adapter", "a=VECTOR", "--adapter", "a=VECTOR"], "two adapters 'a'"),
         (["--adapter", "a=VECTOR", "--adapter", "b=JOINT"], "adapters of one type"),
         (["--adapter", "a=VECTOR", "--load-in-4bit", "--load-in-8bit"], "contradicts"),
+        (["--adapter", "a=missing"], "Can't find 'adapter_config.json' at 'missing'"),
+        (["--adapter", "a=VECTOR", "--model", "no/such-model"], "--model: 'no/such-model' cannot be loaded"),
     ],
 )
 def test_command_refuses(flags, message, folder, tiny_llama, capsys):

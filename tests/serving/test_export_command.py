@@ -34,7 +34,7 @@ def log_probs(model):
 def test_written_and_compared(form, adapter, tiny_llama, tmp_path, capsys):
     folder = adapter(kind="linear", site="mlp", r=4)
     assert main([folder, "--format", form, "-o", str(tmp_path / "out"), "--scale", "0.5"]) == 0
-    assert "it differs from the adapter by" in capsys.readouterr().out
+    assert "differ from the adapter's by" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     expected = PeftModel.from_pretrained(base, folder)
     expected.base_model.set_scale("default", 0.5)
@@ -55,7 +55,7 @@ def test_vector_prints_how_to_serve_it(adapter, tmp_path, capsys):
     assert main([folder, "--format", "gguf-vector", "-o", str(tmp_path / "v.gguf")]) == 0
     out = capsys.readouterr().out
     assert f"--control-vector-scaled {tmp_path / 'v.gguf'}:1.0" in out
-    assert "Blocks: 1. Norms:" in out
+    assert "Control vector of block 1, norm" in out
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,40 @@ def test_refused(flags, message, adapter, tmp_path, capsys):
     assert main([folder, *flags, "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "config", "message"),
+    [
+        ("gguf-vector", {"kind": "vector", "positions": "last"}, "positions='last'"),
+        ("lora", {"kind": "linear", "site": "mlp", "positions": "last"}, "positions='last'"),
+        ("merged", {"kind": "linear", "site": "mlp", "positions": "f1+l1"}, "positions='f1+l1'"),
+        ("lora", {"kind": "linear"}, "site='block', kind='linear'"),
+        ("lora", {"kind": "nonlinear", "site": "mlp"}, "activation='silu'"),
+    ],
+)
+def test_refused_before_the_base_is_loaded(form, config, message, adapter, tmp_path, capsys, monkeypatch):
+    folder = adapter(**config)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    assert main([folder, "--format", form, "-o", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lora_and_control_vector_are_compared_together(adapter, tmp_path, capsys, monkeypatch):
+    """Together they are the adapter; a vector at another block is noticed, and nothing is kept."""
+    folder = adapter(kind="loreft", site="mlp", r=4, layers_to_transform=[1])
+    flags = [folder, "--format", "lora", "--constants", "vector"]
+    assert main([*flags, "-o", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert f"llama-server -m MODEL.gguf --lora lora.gguf --control-vector-scaled {tmp_path / 'out'}" in out
+
+    from peft_steer.serving.export import command
+
+    read = command.read_control_vector
+    monkeypatch.setattr(command, "read_control_vector", lambda file: {0: read(file)[1]})
+    assert main([*flags, "-o", str(tmp_path / "out2")]) == 2
+    assert "is not the adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out2").exists()
 
 
 def test_nothing_is_overwritten(adapter, tmp_path, capsys):

@@ -38,8 +38,8 @@ def test_loaded_by_transformers(config, flags, tmp_path):
     ("architecture", "config", "message"),
     [
         ("qwen3", {"kind": "loreft", "site": "mlp"}, "no place for it.*--constants bias"),
-        ("llama", {"kind": "linear", "site": "block"}, "skip connection"),
-        ("llama", {"kind": "nonlinear", "site": "mlp"}, "nonlinear"),
+        ("llama", {"kind": "linear", "site": "block"}, "skip connection.*vLLM"),
+        ("llama", {"kind": "nonlinear", "site": "mlp"}, "nonlinear edit.*vLLM"),
         ("llama", {"kind": "linear", "site": "mlp", "positions": "last"}, "positions='last'"),
     ],
 )

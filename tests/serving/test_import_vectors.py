@@ -159,6 +159,31 @@ def test_refused(saved, flags, message, tiny_llama, tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("content", [b"hello", b"", b"PK\x03\x04 cut off", bytes(range(256))])
+@pytest.mark.parametrize("ending", ["pt", "bin", "safetensors", "gguf"])
+def test_damaged_files(ending, content, tiny_llama, tmp_path, capsys):
+    (tmp_path / f"v.{ending}").write_bytes(content)
+    assert import_([str(tmp_path / f"v.{ending}"), "-o", str(tmp_path / "a"), "--base", tiny_llama]) == 2
+    message = capsys.readouterr().err
+    assert "no file of tensors" in message or "no GGUF file" in message
+    assert not (tmp_path / "a").exists()
+
+
+def test_direction_0_is_said(tiny_llama, tmp_path, capsys):
+    """EasySteer writes and adds it; llama.cpp would refuse the whole file."""
+    vectors = {0: random(D, seed=3), 1: random(D, seed=4)}
+    write_gguf(tmp_path / "v.gguf", vectors)
+    assert import_([str(tmp_path / "v.gguf"), "-o", str(tmp_path / "a"), "--base", tiny_llama]) == 0
+    assert "direction.0" in capsys.readouterr().out
+    check(tiny_llama, tmp_path / "a", vectors)
+
+
+def test_an_unknown_base(tmp_path, capsys):
+    write_gguf(tmp_path / "v.gguf", {1: random(D)})
+    assert import_([str(tmp_path / "v.gguf"), "-o", str(tmp_path / "a"), "--base", "no/such-model"]) == 2
+    assert "--base: 'no/such-model' cannot be loaded" in capsys.readouterr().err
+
+
 def test_unknown_files(tiny_llama, tmp_path, capsys):
     (tmp_path / "v.npz").touch()
     (tmp_path / "folder").mkdir()

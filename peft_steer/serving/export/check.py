@@ -1,10 +1,14 @@
 """Whether what was written gives the adapter's log-probabilities, beside what a missing edit would give."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from torch import nn
+
+from peft_steer.sites import select_blocks
 
 
 TOKENS = 64
@@ -28,10 +32,12 @@ class Comparison:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return (
-            f"it differs from the adapter by {self.error:.1e} (the largest difference of log-probabilities), the base "
-            f"by {self.effect:.1e}"
+        text = (
+            f"log-probabilities differ from the adapter's by {self.error:.1e} at most, the base's by {self.effect:.1e}"
         )
+        if self.dtype in (torch.bfloat16, torch.float16):
+            text += " (in half precision, whose rounding is part of it; --dtype float32 compares exactly)"
+        return text
 
     def check(self) -> None:
         """Raises `ValueError` if the error is more than rounding."""
@@ -53,6 +59,23 @@ def log_probs(model: nn.Module) -> torch.Tensor:
     ids = torch.randint(size, (1, TOKENS), generator=generator).to(next(model.parameters()).device)
     logits = model(input_ids=ids).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+@contextmanager
+def acting(vectors: dict[int, torch.Tensor], model: nn.Module) -> Iterator[None]:
+    """Within it `vectors`, `(d,)` by block, are added to the outputs of the blocks of `model`, as llama.cpp does."""
+    with ExitStack() as hooks:
+        for block in select_blocks(model):
+            if block.index in vectors:
+                v = vectors[block.index]
+
+                def add(module, args, output, v=v):
+                    h = output[0] if isinstance(output, tuple) else output
+                    steered = h + v.to(h)
+                    return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+                hooks.callback(block.module.register_forward_hook(add).remove)
+        yield
 
 
 def without_adapter(model: PeftModel) -> torch.Tensor:

@@ -11,12 +11,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import peft_steer  # noqa: F401  (registers the tuner types)
+from peft_steer.serving.words import describe_vectors
+from peft_steer.utils.errors import usage_errors
 from peft_steer.utils.hub import find_model
 
-from .check import compare, log_probs, without_adapter
-from .gguf_vector import export_gguf_vector, how_to_run
-from .lora import CONTROL_VECTOR, export_lora
+from .check import acting, compare, log_probs, without_adapter
+from .edits import check_config
+from .gguf_vector import check_vector, export_gguf_vector, how_to_run, read_control_vector
+from .lora import CONTROL_VECTOR, check_lora, export_lora
 from .merged import export_merged
+
+
+_CHECKS = {"gguf-vector": check_vector, "lora": check_lora, "merged": check_config}
 
 
 def export(args: argparse.Namespace) -> None:
@@ -31,11 +37,10 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError("--base: the adapter does not name its base model")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"the adapter has task_type={config.task_type!r}, and engines serve language models")
+    _CHECKS[args.format](config)
     base = find_model(name).path
-    try:
+    with usage_errors(f"--base: {name!r} cannot be loaded: "):
         AutoConfig.from_pretrained(base)
-    except OSError as error:
-        raise OSError(f"--base: {name!r} cannot be loaded: {error}") from error
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}.") as folder:
         partial = Path(folder) / args.output.name
@@ -65,8 +70,7 @@ def _vector(args: argparse.Namespace, config: PeftConfig, base: str, path: Path)
     at_mlp = "mlp" in getattr(config, "sites", ())  # whether that is the block's output is tried with the weights
     model = load(args, base, weights=at_mlp)
     vectors = export_gguf_vector(model, path, drop_block_0=args.drop_block_0, architecture=args.architecture)
-    norms = [v.norm().item() for v in vectors.values()]
-    print(f"Blocks: {_ranges(vectors)}. Norms: {min(norms):.3g} to {max(norms):.3g}. Read back: equal.")
+    print(f"Control vector of {describe_vectors(vectors)}. Read back: equal.")
 
 
 def _lora(args: argparse.Namespace, config: PeftConfig, base: str, folder: Path) -> None:
@@ -74,21 +78,26 @@ def _lora(args: argparse.Namespace, config: PeftConfig, base: str, folder: Path)
     expected, plain = log_probs(model), without_adapter(model)
     export_lora(model, folder, constants=args.constants, drop_block_0=args.drop_block_0)
     lora = PeftModel.from_pretrained(model.unload(), folder).eval()
-    found = compare(lora, expected, plain)
-    vectors = folder / CONTROL_VECTOR
-    print(f"Loaded by PEFT, {found}.")
+    file = folder / CONTROL_VECTOR
+    vectors = read_control_vector(file) if file.is_file() else {}
+    with acting(vectors, lora.get_base_model()):
+        found = compare(lora, expected, plain)
+    print(f"Loaded by PEFT{f' with {CONTROL_VECTOR}' if vectors else ''}: {found}.")
     if args.constants == "drop":
         print("The constants are left out: this is another model than the adapter, and nothing says how good it is.")
-    elif vectors.is_file():
-        print(f"The rest is in {CONTROL_VECTOR}; serve both: --lora FILE, and")
-        print(how_to_run(args.output / CONTROL_VECTOR))
+    elif args.drop_block_0:
+        print("Without block 0's constant this is another model than the adapter.")
     else:
         found.check()
     rank = lora.peft_config["default"].r
     print(
-        f"Rank {rank} (vLLM: --max-lora-rank of at least that). It holds products with the base's weights as loaded "
-        f"here: an engine that serves them quantized edits by these, as every LoRA does."
+        f"Rank {rank}; vLLM needs --max-lora-rank {rank} or more. The file holds products with the base's weights as "
+        "they were loaded here, so an engine that serves a quantized base is not exact."
     )
+    if vectors:
+        print("In llama.cpp serve both:")
+        print(f"python convert_lora_to_gguf.py {args.output} --base BASE_FOLDER --outtype f32 --outfile lora.gguf")
+        print(how_to_run(args.output / CONTROL_VECTOR, "--lora lora.gguf "))
 
 
 def _merged(args: argparse.Namespace, config: PeftConfig, base: str, folder: Path) -> None:
@@ -100,11 +109,5 @@ def _merged(args: argparse.Namespace, config: PeftConfig, base: str, folder: Pat
     tokenizer.save_pretrained(folder)
     loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).eval()
     found = compare(loaded, expected, plain)
-    print(f"Loaded by transformers, {found}.")
+    print(f"Loaded by transformers: {found}.")
     found.check()
-
-
-def _ranges(blocks) -> str:
-    blocks = sorted(blocks)
-    whole = blocks == list(range(blocks[0], blocks[-1] + 1)) and len(blocks) > 1
-    return f"{blocks[0]} to {blocks[-1]}" if whole else ", ".join(map(str, blocks))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from peft_steer.interventions.base import Intervention
@@ -54,10 +54,18 @@ def steer_config(model: PeftModel, adapter_name: str = "default") -> SteerConfig
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name: there is no adapter {adapter_name!r}, there are {list(model.peft_config)}")
-    config = model.peft_config[adapter_name]
+    return check_config(model.peft_config[adapter_name])
+
+
+def check_config(config: PeftConfig) -> SteerConfig:
+    """The configuration, if every part of the adapter is an edit of every token: what any format needs.
+
+    Raises:
+        ValueError: If not.
+    """
     if not isinstance(config, SteerConfig):
         raise ValueError(
-            f"adapter {adapter_name!r} is of type {config.peft_type.value}, and only steering adapters (STEER) can be "
+            f"the adapter is of type {config.peft_type.value}, and only steering adapters (STEER) can be "
             "exported. An ordinary LoRA adapter needs no export; a joint adapter is LoRA and steering together, for "
             "which no other engine has a file. vLLM with peft-steer's plugin serves it."
         )
@@ -72,6 +80,15 @@ def steer_config(model: PeftModel, adapter_name: str = "default") -> SteerConfig
             "has no place for. Train without them."
         )
     return config
+
+
+def who_runs_it(config: SteerConfig) -> str:
+    """The end of a refusal: what runs the adapter as it is."""
+    return (
+        "transformers with PEFT runs it as it is."
+        if "heads" in config.sites
+        else "vLLM with peft-steer's plugin serves it."
+    )
 
 
 def check_on_cpu_or_gpu(module: nn.Module, name: str) -> None:

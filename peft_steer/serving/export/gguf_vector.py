@@ -10,11 +10,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from peft_steer.tuners.steer.merging.plan import arrives_unchanged
 
-from .edits import check_on_cpu_or_gpu, edits_of, steer_config
+from .edits import check_config, check_on_cpu_or_gpu, edits_of, steer_config
 
 
 KIND = "controlvector"
@@ -65,14 +65,7 @@ def export_gguf_vector(
         ValueError: If the adapter is no vector at `"block"` or `"mlp"`, steers block 0, or has a base whose
             architecture llama.cpp does not steer.
     """
-    config = steer_config(model, adapter_name)
-    if config.kind != "vector" or not set(config.sites) <= {"block", "mlp"}:
-        raise ValueError(
-            f"the adapter has kind={config.kind!r}, site={config.site!r}: a control vector is a constant added to a "
-            "block's output, kind='vector' at site='block' or 'mlp'. Other kinds at the MLP, the attention or the "
-            "heads can be exported with --format lora; a low-rank edit of the block's output is served by vLLM with "
-            "peft-steer's plugin."
-        )
+    check_vector(steer_config(model, adapter_name))
     hint = architecture or _architecture(model)
     base, vectors = model.get_base_model(), {}
     for edit in edits_of(model, adapter_name):
@@ -88,6 +81,18 @@ def export_gguf_vector(
         vectors[edit.block.index] = vectors.get(edit.block.index, 0) + v
     write_control_vector(path, vectors, hint, drop_block_0)
     return read_control_vector(path)
+
+
+def check_vector(config: PeftConfig) -> None:
+    """Raises `ValueError` if an adapter with this configuration is no control vector."""
+    config = check_config(config)
+    if config.kind != "vector" or not set(config.sites) <= {"block", "mlp"}:
+        raise ValueError(
+            f"the adapter has kind={config.kind!r}, site={config.site!r}: a control vector is a constant added to a "
+            "block's output, kind='vector' at site='block' or 'mlp'. Other kinds at the MLP, the attention or the "
+            "heads can be exported with --format lora; a low-rank edit of the block's output is served by vLLM with "
+            "peft-steer's plugin."
+        )
 
 
 def write_control_vector(
@@ -150,12 +155,12 @@ def read_control_vector(path: str | Path) -> dict[int, torch.Tensor]:
     return vectors
 
 
-def how_to_run(path: str | Path) -> str:
-    """The command that serves the file, and how to see that it acts."""
+def how_to_run(path: str | Path, flags: str = "") -> str:
+    """The command that serves the file, with other `flags`, and how to see that it acts."""
     return (
-        f"llama-server -m MODEL.gguf --control-vector-scaled {path}:1.0\n"
-        f"To see that it acts: with {path}:5.0 the text must change. If it does not, look for 'control vector' in the "
-        "server's log: a file that llama.cpp cannot use is one line there, and it serves the base."
+        f"llama-server -m MODEL.gguf {flags}--control-vector-scaled {path}:1.0\n"
+        "To see that it acts, serve it with :5.0 in place of :1.0: the text must change. If it does not, look for "
+        "'control vector' in the server's log. (llama.cpp serves the base when it cannot use a file.)"
     )
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
 from peft_steer.tuners.steer.merging.plan import plan_merge
 
-from .edits import Edit, edits_of, steer_config
+from .edits import Edit, check_config, edits_of, steer_config, who_runs_it
 from .factors import factors
 from .gguf_vector import ARCHITECTURES, write_control_vector
 
@@ -59,7 +59,7 @@ def export_lora(
     Raises:
         ValueError: If an edit is no LoRA, or has a constant and `constants` does not say what becomes of it.
     """
-    _check(model, adapter_name)
+    check_lora(steer_config(model, adapter_name))
     edits = {edit.name: edit for edit in edits_of(model, adapter_name)}
     base = model.get_base_model()
     names = {id(module): name for name, module in base.named_modules()}
@@ -98,12 +98,13 @@ def pair_of(edit: Edit, linear: nn.Module) -> Pair:
     return Pair(A.cpu().float(), (edit.scale * B).cpu().float(), (edit.scale * c).cpu().float())
 
 
-def _check(model: PeftModel, adapter_name: str) -> None:
-    config = steer_config(model, adapter_name)
+def check_lora(config: PeftConfig) -> None:
+    """Raises `ValueError` if no adapter with this configuration is LoRA."""
+    config = check_config(config)
     if config.activation is not None:
         raise ValueError(
-            f"the adapter has activation={config.activation!r}, and LoRA is linear. vLLM with peft-steer's plugin "
-            "serves it; or distil it into kind='linear'."
+            f"the adapter has activation={config.activation!r}, and LoRA is linear. {who_runs_it(config)} Or distil "
+            "it into kind='linear'."
         )
     if "block" in config.sites and config.kind != "vector":
         raise ValueError(

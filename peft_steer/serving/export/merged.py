@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .edits import steer_config
+from .edits import steer_config, who_runs_it
 
 
 # Flags of transformers' configurations that give linear layers a bias.
@@ -24,8 +24,11 @@ def export_merged(model: PeftModel, folder: str | Path, adapter_name: str = "def
     Raises:
         ValueError: If merging is not exact, or the architecture has no place for the biases.
     """
-    steer_config(model, adapter_name)
-    merged = model.merge_and_unload(adapter_names=[adapter_name])
+    config = steer_config(model, adapter_name)
+    try:
+        merged = model.merge_and_unload(adapter_names=[adapter_name])
+    except ValueError as error:
+        raise ValueError(f"{error} {who_runs_it(config)}") from error
     make_room_for_biases(merged)
     vars(merged).pop("save_pretrained", None)  # (refused while a bias had no place)
     merged.save_pretrained(folder)

@@ -12,19 +12,26 @@ from peft_steer.tuners.steer.layer import CHILD
 from .foreign import Foreign
 
 
-def make_adapter(base: str, foreign: Foreign, scale: float = 1.0) -> PeftModel:
+def make_adapter(base: str, foreign: Foreign, scale: float = 1.0, name: str | None = None) -> PeftModel:
     """An adapter with `foreign`'s parameters, on the shapes of the model `base`, to be saved.
+
+    Args:
+        base: Where the model's configuration is.
+        foreign: The parameters.
+        scale: The strength to record.
+        name: What the user calls the model, and the adapter's file will; by default `base`.
 
     Raises:
         ValueError: If it was made for a model of another width or with fewer blocks, or the base has no such place.
     """
+    name = name or base
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     blocks = select_blocks(model, layers_to_transform=list(foreign.states))
-    names = {block.index: site_module(block, foreign.site)[0] for block in blocks}
-    if len(names) < len(blocks):
-        raise ValueError(f"{base} has several stacks of blocks, and the file does not say which it is for")
-    norm = next((name for name in names.values() if "norm" in name.rpartition(".")[2].lower()), None)
+    places = {block.index: site_module(block, foreign.site)[0] for block in blocks}
+    if len(places) < len(blocks):
+        raise ValueError(f"{name} has several stacks of blocks, and the file does not say which it is for")
+    norm = next((place for place in places.values() if "norm" in place.rpartition(".")[2].lower()), None)
     if norm and foreign.site != "block":
         raise ValueError(
             f"site={foreign.site!r} is behind the norm {norm!r} here, and in other tools before it; import a file "
@@ -32,14 +39,14 @@ def make_adapter(base: str, foreign: Foreign, scale: float = 1.0) -> PeftModel:
         )
     width, found = hidden_size(model, blocks[0].name), _width(foreign)
     if width != found:
-        raise ValueError(f"the vectors are of width {found}, and {base} has {width}: they are of another model")
+        raise ValueError(f"the vectors are of width {found}, and {name} has {width}: they are of another model")
     ranks = foreign.ranks
     r = max(ranks.values(), default=8)
     config = SteerConfig(
         kind=foreign.kind,
         site=foreign.site,
         r=r,
-        rank_pattern={names[block]: rank for block, rank in ranks.items() if rank != r},
+        rank_pattern={places[block]: rank for block, rank in ranks.items() if rank != r},
         activation=foreign.activation,
         positions=foreign.positions,
         share_weights=foreign.tied,
@@ -48,7 +55,7 @@ def make_adapter(base: str, foreign: Foreign, scale: float = 1.0) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path = name
     for site in resolve_sites(model, config).values():
         edit = getattr(site.module, CHILD).steer_edit["default"]
         edit.load_state_dict(foreign.states[site.block.index])

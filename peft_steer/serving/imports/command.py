@@ -3,7 +3,11 @@
 import argparse
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from peft_steer.serving.export.gguf_vector import read_control_vector
+from peft_steer.serving.words import describe_blocks, describe_vectors
+from peft_steer.utils.errors import usage_errors
 from peft_steer.utils.hub import find_model
 
 from .adapter import make_adapter
@@ -19,16 +23,22 @@ def import_adapter(args: argparse.Namespace) -> None:
         ValueError, OSError: If the file is none that can be imported, or is of another model.
     """
     foreign = read(args.source, args)
-    model = make_adapter(find_model(args.base).path, foreign, args.scale)
-    model.peft_config["default"].base_model_name_or_path = args.base
-    model.save_pretrained(args.output)
-    print(f"{args.output}: kind={foreign.kind!r}, site={foreign.site!r}, blocks {sorted(foreign.states)}.")
+    base = find_model(args.base).path
+    with usage_errors(f"--base: {args.base!r} cannot be loaded: "):
+        AutoConfig.from_pretrained(base)
+    model = make_adapter(base, foreign, args.scale, name=args.base)
+    model.save_pretrained(args.output, save_embedding_layers=False)
+    print(f"Written to {args.output}: kind={foreign.kind!r}, site={foreign.site!r}, {_describe(foreign)}.")
     if foreign.kind == "vector":
-        norms = [state["v"].norm().item() for state in foreign.states.values()]
-        print(
-            f"The vectors' norms are {min(norms):.3g} to {max(norms):.3g}. The strength is up to you: "
-            "set it with --scale, or with `model.base_model.set_scale`."
-        )
+        print("The strength is up to you: set it with --scale, or with `model.base_model.set_scale`.")
+    if args.source.suffix == ".gguf" and 0 in foreign.states:
+        print("It has direction.0, which this adapter adds to block 0, as EasySteer does; llama.cpp refuses the file.")
+
+
+def _describe(foreign: Foreign) -> str:
+    if foreign.kind != "vector":
+        return describe_blocks(foreign.states)
+    return describe_vectors({block: state["v"] for block, state in foreign.states.items()})
 
 
 def read(source: Path, args: argparse.Namespace) -> Foreign:

@@ -9,6 +9,7 @@
 """
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,20 @@ def load_tensors(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:
+        if not (found := re.search(r"GLOBAL (\S+)", str(error))):
+            raise ValueError(
+                f"{path}: it is damaged, or no file of tensors by torch.save: anything else is not loaded, since that "
+                "would run code of the file"
+            ) from error
         raise ValueError(
-            f"{path}: not tensors alone, and nothing else is loaded, since that would run code of the file. If you "
+            f"{path}: it holds more than tensors, {found[1]}, and loading that would run code of the file. If you "
             "trust it, save its tensors first; of a SteeringVector: "
-            '`torch.save({"layer_activations": v.layer_activations, "layer_type": v.layer_type}, FILE)`. '
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            '`torch.save({"layer_activations": v.layer_activations, "layer_type": v.layer_type}, FILE)`.'
         ) from error
+    # What torch raises for a file that is no pickle at all depends on its first bytes.
+    except (SafetensorError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: it is damaged, or no file of tensors ({type(error).__name__})") from error
 
 
 def read_tensors(path: Path, site: str | None, layers: list[int] | None) -> Foreign:
