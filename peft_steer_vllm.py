@@ -56,11 +56,21 @@ def register() -> None:
 
 def _checked(config: Any, *args: Any, **kwargs: Any) -> None:
     """`VllmConfig.__post_init__`, which refuses what cannot be steered before anything is loaded."""
+    if config.model_config is not None and _in_training():
+        from peft_steer.serving.vllm.options import compute_as_trained
+
+        compute_as_trained(config.model_config)
     config._peft_steer(*args, **kwargs)
     if options(config) is not None:
         from peft_steer.serving.vllm.options import check
 
         check(config)
+
+
+def _in_training() -> bool:
+    """Whether there are steered models in this process."""
+    training = sys.modules.get("peft_steer.tuners.steer.following")
+    return training is not None and len(training.TUNERS) > 0
 
 
 def options(config: Any) -> dict[str, Any] | None:
@@ -77,9 +87,7 @@ class Steerable:
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.__dict__["_steering"] = None
-        training = sys.modules.get("peft_steer.tuners.steer.following")
-        asked = options(vllm_config) is not None or (training is not None and training.TUNERS)
-        if asked and not prefix:
+        if (options(vllm_config) is not None or _in_training()) and not prefix:
             from peft_steer.serving.vllm.models import steer
 
             self.__dict__["_steering"] = steer(self, vllm_config)

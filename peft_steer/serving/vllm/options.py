@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import vllm
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
+from peft_steer.tuners.steer import following
 from peft_steer_vllm import ARCHITECTURES, options
 
 
@@ -56,6 +58,18 @@ def check_engine(config: Any) -> None:
             ", ".join(TRIED),
             vllm.__version__,
         )
+
+
+def compute_as_trained(model_config: Any) -> None:
+    """Gives an engine that is to follow a training without mixed precision the dtype of the model in training: TRL
+    passes none, and vLLM would compute in bfloat16 what is trained in float32."""
+    tuner = following.in_training(model_config.model)
+    if tuner is None or not AcceleratorState._shared_state or AcceleratorState().mixed_precision != "no":
+        return
+    dtype = getattr(tuner.model, "dtype", model_config.dtype)
+    if dtype != model_config.dtype:
+        logger.info("The engine computes in %s, as the model that it follows.", dtype)
+        model_config.dtype = dtype
 
 
 def _check_sites(config: Any, asked: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """One training of TRL's with rollouts by vLLM, in a process of its own: `rollout_worker.py SPEC.json RESULT.json`.
 
-TRL is not changed, but for the dtype of its engine: it passes none, and vLLM serves a float32 checkpoint in bfloat16.
+TRL is not changed, but for the size of its engine.
 """
 
 import json
@@ -24,7 +24,7 @@ def make_trainer(spec):
     import trl.generation.vllm_generation as generation
     from vllm import LLM
 
-    ours = {"dtype": "float32", "max_num_seqs": 16, **spec.get("engine", {"enforce_eager": True})}
+    ours = {"max_num_seqs": 16, **spec.get("engine", {"enforce_eager": True})}
     # For a 4-bit model TRL asks for an engine in 4 bit, which vLLM has on GPUs alone.
     generation.LLM = lambda **options: LLM(**{**options, **ours, "quantization": None})
     online_dpo.LLM = generation.LLM
