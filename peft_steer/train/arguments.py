@@ -122,6 +122,8 @@ def parse(argv: list[str], prog: str, script_cls: type, training_cls: type) -> A
     parser = TrlParser(
         types,
         prog=prog,
+        usage=f"{prog} --config RECIPE [--FLAG VALUE ...]",
+        description="Flags override the recipe: TRL's own, the task's, and at the end the adapter's.",
         epilog=adapter_parser.format_help(),
         formatter_class=_HelpFormatter,
         allow_abbrev=False,

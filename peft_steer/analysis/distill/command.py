@@ -86,7 +86,8 @@ def _run(args: argparse.Namespace, source: PairSource) -> None:
     shutil.rmtree(args.output / _UNFINISHED)
     print(_table(results["models"]))
     ranks = [block["r"] for block in results["blocks"]]
-    print(f"\n{len(ranks)} blocks of rank {min(ranks)} to {max(ranks)}, saved to {args.output}. To score it:")
+    spread = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else ranks[0]
+    print(f"\n{len(ranks)} blocks of rank {spread}, saved to {args.output}. To score it:")
     quantized = [f"{flag}=True," for flag in ("load_in_4bit", "load_in_8bit") if getattr(args, flag)]
     model_args = f"pretrained={source.base},dtype={args.dtype},{''.join(quantized)}peft={args.output}"
     given = [
