@@ -1,6 +1,7 @@
 """One cell of a comparison: train a method, evaluate it with lm-eval, measure its costs."""
 
 import json
+import logging
 import platform
 import statistics
 import time
@@ -65,6 +66,7 @@ class Runner:
         """
         datasets.disable_progress_bars()
         transformers.logging.set_verbosity_error()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own and TRL's code
         created_at, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
         base, tokenizer = self._base(cell)
