@@ -85,7 +85,7 @@ REFUSED: dict[str, list[Expectation]] = {
         ),
         Expectation(
             _MERGES,
-            "a low-rank edit at the block's output reads the skip connection, which is no linear layer's output",
+            "a low-rank edit at the block's output reads the skip connection, which no linear layer returns",
             case="block-linear",
             message="it reads the skip connection",
         ),
