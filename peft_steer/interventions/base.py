@@ -7,7 +7,7 @@ no copy of `h` is made.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from typing_extensions import Self
@@ -99,6 +99,10 @@ class Intervention(KeepsPrecision):
     def delta(self, h: torch.Tensor) -> torch.Tensor:
         """`dh`, broadcastable to `h` of shape `(..., d)` and in its dtype."""
         raise NotImplementedError(f"{type(self).__name__} does not define delta(h).")
+
+    if TYPE_CHECKING:
+
+        def __call__(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor: ...
 
     def forward(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """`h + scale * dh`, shape `(..., d)`, in the dtype of `h`."""

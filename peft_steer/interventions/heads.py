@@ -108,7 +108,7 @@ class HeadEdit(SteppedEdit):
             refuse_flat("A", self.A)
         a, v = (x.flatten() for x in self.acting())
         if torch.is_grad_enabled() and any(x.requires_grad for x in (h, a, v)):
-            return cast(torch.Tensor, _EditHeads.apply(h, a, v, scale))
+            return cast(torch.Tensor, _EditHeads.apply(h, a, v, scale))  # type: ignore[no-untyped-call]  # torch's
         return _plain_edit(h, a, v, scale)
 
     def prepare(self, dtype: torch.dtype, scale: float) -> Tensors:

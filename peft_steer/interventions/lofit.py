@@ -127,7 +127,7 @@ def _select(edits: list[Lofit], update: Update) -> None:
     count, _ = _count(edits)
     chosen = torch.zeros_like(norms, dtype=torch.bool)
     chosen[norms.sort(descending=True, stable=True).indices[:count]] = True
-    for edit, selected in zip(edits, chosen.split([len(edit.A) for edit in edits]), strict=True):
+    for edit, selected in zip(edits, torch.split(chosen, [len(edit.A) for edit in edits]), strict=True):
         edit.selected.copy_(selected)
         for p in (edit.A, edit.v):
             p.zero_()

@@ -137,7 +137,8 @@ def low_rank_edit(
             return low_rank_edit(h, W_down, W_up, c, b, scale, activation)
     weights = (W_down, W_up, c, b)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, *weights)):
-        return cast(torch.Tensor, _LowRankEdit.apply(h, *weights, scale, activation))
+        out = _LowRankEdit.apply(h, *weights, scale, activation)  # type: ignore[no-untyped-call]  # torch's
+        return cast(torch.Tensor, out)
     down, up, inner, outer = _cast(h.dtype, *weights)
     return _plain_edit(h, down, up, inner, outer, scale, activation)[0]
 

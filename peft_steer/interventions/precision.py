@@ -49,7 +49,7 @@ class KeepsPrecision(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self.keep_precision()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         self.accept_precision()
         return self
 
@@ -71,7 +71,7 @@ class KeepsPrecision(nn.Module):
         self.keep_precision()
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, whose parameters are new ones
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self.accept_precision()
 
 

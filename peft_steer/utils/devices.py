@@ -52,7 +52,7 @@ def device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device,
         return torch.device("cpu"), dtype
     device = parameters[0].device
     if device.type == "meta":  # offloaded by accelerate, which knows where it runs
-        hooks = (m._hf_hook for m in target.modules() if hasattr(m, "_hf_hook"))
+        hooks = (vars(m)["_hf_hook"] for m in target.modules() if "_hf_hook" in vars(m))
         device = torch.device(
             next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
         )

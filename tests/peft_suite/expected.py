@@ -79,9 +79,9 @@ REFUSED: dict[str, list[Expectation]] = {
     "steer": [
         Expectation(
             _MERGES,
-            "a nonlinear edit equals no change of a weight",
+            "no change of a weight equals a nonlinear edit",
             case="block-nonlinear",
-            message="a nonlinear edit equals no change of a weight",
+            message="no change of a weight equals a nonlinear edit",
         ),
         Expectation(
             _MERGES,

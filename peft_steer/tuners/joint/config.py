@@ -20,7 +20,7 @@ JOINT_STEER_LORA = add_peft_type("JOINT_STEER_LORA")
 ORTHOGONAL = ("always", "periodic", "none")
 
 
-def _steering_fields() -> list[Field]:
+def _steering_fields() -> list[Field[Any]]:
     """The fields of [`SteerConfig`] that a joint adapter has too: not those of every PEFT configuration, which it
     shares with LoRA, nor those of edits of attention heads, which it cannot have."""
     shared = {f.name for f in fields(PeftConfig)} | {f.name for f in fields(LoraConfig)} - {
@@ -34,7 +34,7 @@ def _steering_fields() -> list[Field]:
 STEERING = {f"steer_{f.name}": f for f in _steering_fields()}
 
 
-def _prefixed(f: Field) -> Any:
+def _prefixed(f: Field[Any]) -> Any:
     default = "nonlinear" if f.name == "kind" else f.default
     metadata = {"help": f"Steering: {f.metadata['help']}"}
     if callable(f.default_factory):
@@ -46,7 +46,7 @@ _SteeringHalf: Any = make_dataclass("_SteeringHalf", [(name, f.type, _prefixed(f
 
 
 @dataclass
-class JointSteerLoraConfig(_SteeringHalf, LoraConfig):
+class JointSteerLoraConfig(_SteeringHalf, LoraConfig):  # type: ignore[misc]  # its fields are made of SteerConfig's
     """
     This is the configuration class to store the configuration of a [`JointSteerLoraModel`]: LoRA and steering trained
     together in one adapter ("Weight Updates as Activation Shifts", arXiv 2603.00425, joint adaptation). All of
@@ -81,7 +81,7 @@ class JointSteerLoraConfig(_SteeringHalf, LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's
         self.peft_type = JOINT_STEER_LORA
         self._made_for = (self.steer_hidden_size, self.steer_num_blocks)
         self.steer_activation = self.steer_config().activation
@@ -94,9 +94,10 @@ class JointSteerLoraConfig(_SteeringHalf, LoraConfig):
         }.items():
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with steering: {reason}. Use `LoraConfig` for it.")
-        if getattr(self.eva_config, "rho", 1.0) > 1:
+        rho: float = getattr(self.eva_config, "rho", 1.0)
+        if rho > 1:
             raise ValueError(
-                f"`eva_config` has rho={self.eva_config.rho}: EVA would give layers other ranks, and take LoRA from "
+                f"`eva_config` has rho={rho}: EVA would give layers other ranks, and take LoRA from "
                 "some, after the adapter is made; but steering follows the LoRA layers as they were made. Set "
                 "`eva_config=EvaConfig(rho=1.0)`."
             )

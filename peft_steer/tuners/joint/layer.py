@@ -4,13 +4,14 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_steer.interventions import Intervention
+from peft_steer.interventions.optimizer_hooks import Group
 from peft_steer.sites import Block, Site, output_linear, site_module
 
 from ..steer.config import SteerConfig
@@ -53,8 +54,8 @@ class JointSteerLayer(SteerLayer):
     _leads: Mapping[str, tuple[LoraLayer, float]] = MappingProxyType({})
 
     @property
-    def steer_edit(self) -> nn.ModuleDict:
-        return getattr(self, CONTAINER)
+    def steer_edit(self) -> nn.ModuleDict:  # type: ignore[override]  # the base has a submodule of this name
+        return cast(nn.ModuleDict, self._modules[CONTAINER])
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.muted:
@@ -83,12 +84,18 @@ class JointSteerLayer(SteerLayer):
     def unscale_layer(self, scale: float | None = None) -> None: ...
 
     def build_edit(
-        self, config: SteerConfig, site: Site, constraint: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        config: SteerConfig,
+        site: Site,
+        group: Group | None = None,
+        *,
+        constraint: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Intervention:
         """As [`SteerLayer`]'s; with `constraint`, the arguments of [`JointLowRank`], one whose `W_down` knows the LoRA
         that it must not read."""
         if constraint is None:
-            return super().build_edit(config, site, **kwargs)
+            return super().build_edit(config, site, group, **kwargs)
         return JointLowRank.build(config, site.width, site.rank, **constraint, **kwargs)
 
 

@@ -1,10 +1,13 @@
 """Merging the LoRA half of joint adapters, and keeping the steering half."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..steer.layer import SteerLayer
 from .layer import JointSteerLayer
 from .projection import JointLowRank
 
@@ -18,7 +21,7 @@ def keep_steering(
 ) -> PeftModel:
     """The base with the LoRA half of these adapters merged, and a [`SteerConfig`] adapter with the other half of each.
     `tuner` has neither afterwards."""
-    configs = {name: tuner.peft_config[name] for name in adapter_names}
+    configs = {name: tuner.configs[name] for name in adapter_names}
     layers = {key: m for key, m in tuner.model.named_modules() if isinstance(m, JointSteerLayer)}
     training = tuner.training
     tuner.set_halves("both")
@@ -30,21 +33,20 @@ def keep_steering(
         layer.detach()
     base = tuner.merge_and_unload(progressbar, safe_merge, adapter_names)
 
-    model = None
-    for name, config in configs.items():
-        steer = config.steer_config()
-        steer.modules_to_save = config.modules_to_save
-        if model is None:
-            model = get_peft_model(base, steer, name)
-        else:
-            model.add_adapter(name, steer)
+    steering = {name: config.steer_config() for name, config in configs.items()}
+    for name, steer in steering.items():
+        steer.modules_to_save = configs[name].modules_to_save
+    first, *others = adapter_names
+    model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), steering[first], first))
+    for name in others:
+        model.add_adapter(name, steering[name])
+    targets = {key: m for key, m in base.named_modules() if isinstance(m, SteerLayer)}
     for key, layer in layers.items():
         for name in adapter_names:
             for part, edit in layer.edits(name).items():
-                target = base.get_submodule(key)
-                _take_over(target.edits(name)[part], edit)
-                target.scaling[name] = strengths[key, name]
-    model.base_model.set_adapter(adapter_names)
+                _take_over(targets[key].edits(name)[part], edit)
+                targets[key].scaling[name] = strengths[key, name]
+    cast(BaseTuner, model.base_model).set_adapter(adapter_names)
     return model.train(training)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import init_empty_weights
 from torch import nn
@@ -24,6 +24,7 @@ from ..steer import following
 from ..steer.injection import check_state_dict, injecting, plan_injection
 from ..steer.layer import CHILD, steered_layers
 from ..steer.position_hooks import check_stacks, untrack
+from ..steer.rows import with_rows
 from ..steer.strength import Strength
 from ..steer.wrapping import unwrapped_key
 from .config import JOINT_STEER_LORA, JointSteerLoraConfig, of_steering_half
@@ -64,7 +65,7 @@ class JointSteerLoraModel(Strength, LoraModel):
         ```
     """
 
-    tuner_layer_cls = (LoraLayer, JointSteerLayer)
+    tuner_layer_cls = (LoraLayer, JointSteerLayer)  # type: ignore[assignment]  # PEFT asks isinstance(m, it) alone
 
     # --- injection: LoRA first, or PEFT would take the steering layers for an earlier adapter and not freeze the base
 
@@ -78,7 +79,7 @@ class JointSteerLoraModel(Strength, LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        config = self.peft_config[adapter_name]
+        config = self.configs[adapter_name]
         with injecting(self, model, adapter_name, config.steer_positions):
             super().inject_adapter(
                 model,
@@ -96,21 +97,25 @@ class JointSteerLoraModel(Strength, LoraModel):
                 self._inject_steering(adapter_name, config, names)
             self.set_halves(self._halves)
 
-    def _prepare_model(self, peft_config: JointSteerLoraConfig, model: nn.Module) -> None:
-        super()._prepare_model(peft_config, model)
-        steer = peft_config.steer_config()
+    @property
+    def configs(self) -> dict[str, JointSteerLoraConfig]:
+        """The configuration of each adapter."""
+        return cast(dict[str, JointSteerLoraConfig], self.peft_config)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        config = cast(JointSteerLoraConfig, peft_config)
+        super()._prepare_model(config, model)
+        steer = config.steer_config()
         with of_steering_half():
             plan = plan_injection(model, steer)
             check_stacks(model, steer.positions, plan.sites)
-        writers = plan_writers(plan.sites, peft_config, partial(self._is_targeted, peft_config))
+        writers = plan_writers(plan.sites, config, partial(self._is_targeted, config))
         where = {name: device_and_dtype(site.module, model) for name, site in plan.sites.items()}
         self._plan = JointPlan(plan, writers, where)
-        peft_config.steer_hidden_size, peft_config.steer_num_blocks = steer.hidden_size, steer.num_blocks
+        config.steer_hidden_size, config.steer_num_blocks = steer.hidden_size, steer.num_blocks
         keep_unpacked(model)
 
-    def _check_target_module_compatiblity(
-        self, peft_config: JointSteerLoraConfig, model: nn.Module, target_name: str
-    ) -> None:
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         as_lora = copy.copy(peft_config)  # PEFT asks for the type
         as_lora.peft_type = PeftType.LORA
         super()._check_target_module_compatiblity(as_lora, model, target_name)
@@ -118,7 +123,7 @@ class JointSteerLoraModel(Strength, LoraModel):
     def _is_targeted(self, config: JointSteerLoraConfig, name: str) -> bool:
         if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:  # PEFT has not resolved it yet
             config = copy.copy(config)
-            config.target_modules = {name}
+            config.target_modules = [name]
         return bool(self._check_target_module_exists(config, name))
 
     def _inject_steering(self, adapter_name: str, config: JointSteerLoraConfig, names: list[str]) -> None:
@@ -138,7 +143,7 @@ class JointSteerLoraModel(Strength, LoraModel):
                     "lora": self.model.get_submodule(self._plan.writers[name]),
                     "adapter_name": adapter_name,
                     "orthogonal": (config.orthogonal or "always") if config.constrained else "none",
-                    "interval": config.orthogonal_interval,
+                    "interval": config.orthogonal_interval or 1,
                 }
             layer.update_layer(adapter_name, steer, site, *self._plan.where[name], constraint=constraint)
             layer.follow(adapter_name, lead)
@@ -149,7 +154,7 @@ class JointSteerLoraModel(Strength, LoraModel):
 
     _halves = "both"
 
-    def set_halves(self, halves: str) -> AbstractContextManager:
+    def set_halves(self, halves: str) -> AbstractContextManager[object]:
         """Choose what acts of every active adapter: `"both"`, `"lora"` alone or `"steer"` alone.
 
         It takes effect at once and lasts; used in a `with` statement, until its end. What is off has no gradients.
@@ -174,17 +179,13 @@ class JointSteerLoraModel(Strength, LoraModel):
         self.set_halves(self._halves)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        adapter_names = kwargs.get("adapter_names")
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            layers = self._steer_layers() if adapter_names else []
-            for layer in layers:
-                layer.row_adapters = list(adapter_names)
-            try:
-                yield
-            finally:
-                for layer in layers:
-                    layer.row_adapters = None
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names: list[str] | None = kwargs.get("adapter_names")
+        with (
+            super()._enable_peft_forward_hooks(*args, **kwargs),
+            with_rows(self._steer_layers(), adapter_names) if adapter_names else nullcontext(),
+        ):
+            yield
 
     def _steer_layers(self) -> list[JointSteerLayer]:
         return [layer for layer in steered_layers(self.model) if isinstance(layer, JointSteerLayer)]
@@ -198,7 +199,7 @@ class JointSteerLoraModel(Strength, LoraModel):
                 "linear layer returns. `merge_lora_and_unload()` folds in the LoRA half and keeps the other as an "
                 "adapter; `unload()` removes both."
             )
-        super()._check_merge_allowed()
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT's
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Raises `ValueError`, unless an inference engine follows this model: then the LoRA half is merged and the
@@ -212,15 +213,21 @@ class JointSteerLoraModel(Strength, LoraModel):
     def unmerge_adapter(self) -> None:
         """Give the base its own weights back."""
         if not following.finish(self):
-            super().unmerge_adapter()
+            super().unmerge_adapter()  # type: ignore[no-untyped-call]  # PEFT's
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT declares None and returns the model
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
         for layer in self._steer_layers():
             layer.detach()
         untrack(self.model)
-        return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        return cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
 
     def merge_lora_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -237,14 +244,14 @@ class JointSteerLoraModel(Strength, LoraModel):
         Returns:
             A PEFT model with a [`SteerConfig`] adapter for each of them, all active.
         """
-        super()._check_merge_allowed()
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT's
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         unknown = [name for name in names if name not in self.peft_config]
         if unknown or not names:
             raise ValueError(f"`adapter_names={adapter_names!r}`: there are {list(self.peft_config)} to merge.")
         return keep_steering(self, names, progressbar=progressbar, safe_merge=safe_merge)
 
-    def add_weighted_adapter(self, adapters: list[str], *args, **kwargs) -> None:
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         raise ValueError(
             "Joint adapters cannot be combined into one: a nonlinear edit has no weighted sum of its rank. Activate "
             "them together instead, `model.base_model.set_adapter([...])`, each with its `model.set_scale(name, x)`."
@@ -253,9 +260,18 @@ class JointSteerLoraModel(Strength, LoraModel):
     # --- the file
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
         state_dict = project_for_saving(model, adapter_name, state_dict)
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(  # type: ignore[no-untyped-call]  # PEFT's
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
         if not any(MARKER in key for key in found):
             # PEFT 0.21 goes by the names of modules, and finds nothing below a checkpoint wrapper (FSDP's
             # `fsdp_activation_checkpointing`): it would save an empty file.
@@ -264,15 +280,20 @@ class JointSteerLoraModel(Strength, LoraModel):
         return found
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         state_dict = {unwrapped_key(key): x for key, x in state_dict.items()}
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = super()._remap_adapter_state_dict_for_load(  # type: ignore[no-untyped-call]  # PEFT's
+            model, config, adapter_name, state_dict
+        )
         check_state_dict(model, adapter_name, state_dict, MARKER)
         return state_dict
 
     @classmethod
-    def _convert_state_dict_for_initial_model(cls, *args, **kwargs):
-        return BaseTuner._convert_state_dict_for_initial_model.__func__(cls, *args, **kwargs)  # refuses, by name
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        convert: Any = super(LoraModel, cls)._convert_state_dict_for_initial_model  # PEFT's default refuses, by name
+        return cast(dict[str, torch.Tensor], convert(*args, **kwargs))
 
 
 register(JOINT_STEER_LORA, JointSteerLoraConfig, JointSteerLoraModel)

@@ -1,12 +1,13 @@
 """An optimizer with the learning rates that LoRA and steering each need."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .layer import CONTAINER
 
@@ -30,7 +31,7 @@ class JointOptimizer:
         steer_lr: float,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_cls: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         **kwargs: Any,
     ) -> torch.optim.Optimizer:
         """The optimizer.
@@ -48,7 +49,7 @@ class JointOptimizer:
 
     @classmethod
     def as_in(
-        cls, args: TrainingArguments, model: nn.Module, lora_lr: float, steer_lr: float
+        cls, args: TrainingArguments, model: PreTrainedModel, lora_lr: float, steer_lr: float
     ) -> tuple[type["JointOptimizer"], dict[str, Any]]:
         """The value of `optimizer_cls_and_kwargs` with the optimizer, and its settings, that `args` names.
 

@@ -5,13 +5,16 @@ columns. `W_down`, of shape (r, d), holds the directions that the block's edit r
 orthogonal to `B` is `P(W) = W - (W B)(B^T B)^-1 B^T` (arXiv 2603.00425, joint adaptation).
 """
 
+from typing import Any, cast
+
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from peft_steer.interventions.low_rank import Factors, LowRank
-from peft_steer.interventions.optimizer_hooks import SteppedEdit, refuse_flat, whole
+from peft_steer.interventions.optimizer_hooks import SteppedEdit, Update, refuse_flat, whole
 
 
 # Of the correlation matrix of B's columns. Half its square root bounds the overlap that is left in a direction in
@@ -41,7 +44,7 @@ class _Project(torch.autograd.Function):
     """`P(W)`, keeping no more than its two arguments and matrices of width `r_lora`."""
 
     @staticmethod
-    def forward(ctx, W, B):
+    def forward(ctx: Any, W: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         W64, B64 = _accurate(W), _accurate(B)
         M, C = _coefficients(W64, B64)
         ctx.save_for_backward(W, B, M, C)
@@ -49,7 +52,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         W, B, M, C = ctx.saved_tensors
         W64, B64, G = _accurate(W), _accurate(B), _accurate(grad)
         H = (G @ B64) @ M
@@ -74,7 +77,7 @@ def project(W: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         `(r, d)`, in the dtype of `W`, at least float32.
     """
     with torch.autocast(W.device.type, enabled=False):
-        return _Project.apply(W, B.to(W.device))
+        return cast(torch.Tensor, _Project.apply(W, B.to(W.device)))  # type: ignore[no-untyped-call]  # torch's
 
 
 @torch.no_grad()
@@ -122,11 +125,21 @@ class JointLowRank(LowRank, SteppedEdit):
         lora (`LoraLayer`): the adapted linear layer that ends the block's MLP.
         adapter_name (`str`): the name of the adapter, in `lora` too.
         orthogonal (`str`): `"always"`, `"periodic"` or `"none"`, see [`JointSteerLoraConfig`].
-        interval (`int`, *optional*): with `"periodic"`, the number of optimizer steps from one projection to the next.
+        interval (`int`): with `"periodic"`, the number of optimizer steps from one projection to the next.
         kwargs: those of [`LowRank`].
     """
 
-    def __init__(self, *args, lora, adapter_name: str, orthogonal: str, interval: int | None = None, **kwargs):
+    steps: torch.Tensor  # a buffer, with "periodic"
+
+    def __init__(
+        self,
+        *args: Any,
+        lora: LoraLayer,
+        adapter_name: str,
+        orthogonal: str,
+        interval: int = 1,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.orthogonal, self.interval = orthogonal, interval
         self._lora = (lora, adapter_name)  # in a tuple: not a submodule of this one
@@ -141,7 +154,7 @@ class JointLowRank(LowRank, SteppedEdit):
         return self.orthogonal != "none" and adapter_name in lora.lora_B
 
     @property
-    def writer(self):
+    def writer(self) -> LoraLayer:
         """The `LoraLayer` that ends the block's MLP."""
         return self._lora[0]
 
@@ -191,11 +204,13 @@ class JointLowRank(LowRank, SteppedEdit):
         W.copy_(new)
 
     def updated_with(self) -> list[nn.Parameter]:
-        return [self.W_down, self.B] if self.acts else []
+        return [self.W_down, cast(nn.Parameter, self.B)] if self.acts else []
 
     @staticmethod
-    def after_step(edits, update) -> None:
+    def after_step(edits: list[SteppedEdit], update: Update) -> None:
         for edit in edits:
+            if not isinstance(edit, JointLowRank):
+                raise TypeError(f"{type(edit).__name__} is in the group of a joint adapter.")
             if edit.orthogonal == "periodic":
                 edit.steps += 1
                 if edit.steps.item() % edit.interval:
@@ -205,15 +220,15 @@ class JointLowRank(LowRank, SteppedEdit):
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter; its data too if accelerate has offloaded it, between calls of its module."""
-    p = getattr(module, name)
+    p: torch.Tensor = getattr(module, name)
     if not p.is_meta:
         return p
-    if not hasattr(module, "_hf_hook"):
+    if "_hf_hook" not in vars(module):
         raise RuntimeError(
             f"`{name}` of {type(module).__name__} is on the meta device, without data: PEFT's LoRA cannot be put into "
             "a model that is offloaded already. Adapt the model first, then offload it."
         )
-    return module._hf_hook.weights_map[name]
+    return cast(torch.Tensor, vars(module)["_hf_hook"].weights_map[name])
 
 
 def _refuse_flat_parameter(W: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from peft.config import PeftConfig
@@ -27,6 +28,10 @@ STEER = add_peft_type("STEER")
 def _names(condition: Callable[[type[Intervention]], bool]) -> str:
     """The kinds whose class meets the condition, for a message."""
     return ", ".join(repr(name) for name, cls in KINDS.items() if condition(cls))
+
+
+def _has_option(name: str, cls: type[Intervention]) -> bool:
+    return name in cls.options
 
 
 @dataclass
@@ -150,7 +155,7 @@ class SteerConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "With layers_to_transform: name of the stack the indices refer to."}
     )
-    rank_pattern: dict = field(
+    rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks by name of the steered module, where they differ from r."}
     )
     modules_to_save: list[str] | None = field(
@@ -174,7 +179,7 @@ class SteerConfig(PeftConfig):
                 stacklevel=2,
             )
             kwargs = {name: value for name, value in kwargs.items() if name not in unknown}
-        config = super().from_peft_type(**kwargs)
+        config = super().from_peft_type(**kwargs)  # type: ignore[no-untyped-call]  # PEFT's
         if isinstance(config, cls) or not isinstance(config, SteerConfig):
             return config
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if f.init})
@@ -197,7 +202,7 @@ class SteerConfig(PeftConfig):
 
     def __post_init__(self, tie_weights: bool | None) -> None:
         from_file = self.peft_type is not None
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's
         self.peft_type = STEER
         # Those of a file. What an injection writes later describes its own model and binds no other.
         self._made_for = (self.hidden_size, self.num_blocks)
@@ -272,7 +277,7 @@ class SteerConfig(PeftConfig):
             option, value = self.intervention.options.get(name), getattr(self, name)
             if option is None:
                 if value is not None:
-                    owners = _names(lambda c, name=name: name in c.options)
+                    owners = _names(partial(_has_option, name))
                     raise ValueError(f"`{name}={value!r}` contradicts {kind}: only kind={owners} has it.")
                 continue
             if value is None:

@@ -67,7 +67,7 @@ def in_training(path: str) -> BaseTuner | None:
     return found[0] if len(found) == 1 else None
 
 
-def _in_training(path: str) -> list[BaseTuner]:
+def _in_training(path: str | None) -> list[BaseTuner]:
     named = [tuner for tuner in TUNERS if getattr(tuner.model, "name_or_path", None) == path]
     return [t for t in named if any(p.requires_grad for layer in layers(t).values() for p in layer.parameters())]
 
@@ -88,8 +88,7 @@ def forms(tuner: BaseTuner) -> dict[str, LowRankForm]:
         names = [name for name in layer.active_adapters if name in layer.steer_edit]
         if len(names) != 1 or layer.disable_adapters:
             raise ValueError(f"An engine runs one adapter of a model in training; active at {module!r}: {names}.")
-        edit = layer.steer_edit[names[0]]
-        parameters = list(edit.parameters())
+        parameters = list(layer.steer_edit[names[0]].parameters())
         if layer.positions[names[0]] != "all":
             raise ValueError(
                 f"positions={layer.positions[names[0]]!r}: an engine that follows a training steers all tokens. Use "
@@ -97,6 +96,7 @@ def forms(tuner: BaseTuner) -> dict[str, LowRankForm]:
             )
         if any(isinstance(p, DTensor) for p in parameters):
             raise ValueError("An engine cannot follow edits that FSDP2 has taken apart. Use DDP, or use_vllm=False.")
+        edit = layer.shared_edit(names[0])
         form = edit.low_rank(layer.strength(names[0]))
         if form is None:
             raise ValueError(
@@ -166,7 +166,8 @@ def finish(tuner: BaseTuner) -> bool:
 def pushed_by_trl() -> bool:
     """Whether who called the caller of this function is TRL: it merges to push the base's parameters to vLLM, and for
     no other purpose."""
-    return sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] == "trl"
+    name: str = sys._getframe(2).f_globals.get("__name__", "")
+    return name.partition(".")[0] == "trl"
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def _sites(model: nn.Module, config: SteerConfig, exclude_modules: list[str] | s
     )
     pattern = config.rank_pattern
     return {
-        name: replace(site, rank=pattern.get(get_pattern_key(pattern, name), config.r))
+        name: replace(site, rank=pattern.get(get_pattern_key(list(pattern), name), config.r))
         for name, site in find_sites(model, blocks, config.sites, config.hidden_size).items()
     }
 
@@ -94,7 +94,7 @@ def record_shape(model: nn.Module, config: SteerConfig, site: Site) -> None:
     """Write the model's width and depth into `config`, or raise `ValueError` if `config` comes with an adapter for
     others."""
     width = hidden_size(model, site.block.name, config.hidden_size)
-    shape = (width, len(model.get_submodule(site.block.stack)))
+    shape = (width, len(model.get_submodule(site.block.stack)._modules))
     if any(said not in (None, found) for said, found in zip(config._made_for, shape, strict=True)):
         raise ValueError(
             "The adapter was made for a model with hidden_size={} and num_blocks={}; ".format(*config._made_for)

@@ -1,6 +1,6 @@
 """The interventions at one site, by adapter name: a child of the steered module, called by a hook on it."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,8 +21,10 @@ CHILD = "steering"  # must not contain the prefix `steer_`, or PEFT takes the co
 # Its name where the module's input is edited: some architectures' `attention` and `heads` are at the same module.
 INPUT_CHILD = f"input_{CHILD}"
 
+Rows = tuple[list[int], int]  # some rows of a batch, and how many it has
 
-def steer_output(module: nn.Module, args: tuple, output):
+
+def steer_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook: replace the hidden state that `module` returns (a tensor, or a tuple's first item) by the steered
     one.
 
@@ -39,7 +41,7 @@ def steer_output(module: nn.Module, args: tuple, output):
     )
 
 
-def steer_input(module: nn.Module, args: tuple) -> tuple:
+def steer_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook: replace the hidden state that `module` is given by the steered one."""
     if not args:
         raise TypeError(f"{type(module).__name__} gets no positional argument: its input cannot be steered.")
@@ -61,11 +63,13 @@ class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
 
     cast_input_dtype_enabled = True  # PEFT's switch (`disable_input_dtype_casting`); inputs are never cast here
 
+    steer_edit: nn.ModuleDict
+
     # Which tokens the present forward pass has; see `position_hooks.py`.
     selection: Selection | None = None
-    # Of each edit in the last forward pass: its mask, the shape of its tokens, which rows they are (None: all), of how
-    # many. Masks are kept as they are, and counted when somebody asks.
-    edited: list[tuple[torch.Tensor | bool, torch.Size, list[int] | None, int]]
+    # Of each edit in the last forward pass: its mask, the shape of its tokens, which rows they are. Masks are kept as
+    # they are, and counted when somebody asks.
+    edited: list[tuple[torch.Tensor | bool, torch.Size, Rows | None]]
 
     def __init__(self, site: Site):
         super().__init__()
@@ -106,8 +110,8 @@ class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
         delattr(self.steered_module, self.child)
         _layers_changed()
 
-    def __setstate__(self, state: dict) -> None:  # of a copy, or after unpickling
-        super().__setstate__(state)
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or after unpickling
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         _layers_changed()
 
     def update_layer(
@@ -136,7 +140,12 @@ class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
         if adapter_name not in self.steer_edit:
             return {}
         edit = self.steer_edit[adapter_name]
-        return dict(edit.items()) if isinstance(edit, nn.ModuleDict) else {"": edit}
+        named = dict(edit.items()) if isinstance(edit, nn.ModuleDict) else {"": edit}
+        return cast(dict[str, Intervention], named)
+
+    def shared_edit(self, adapter_name: str) -> Intervention:
+        """The edit of an adapter that has one for all tokens (`share_weights`)."""
+        return self.edits(adapter_name)[""]
 
     def positions_in_use(self) -> set[str]:
         """The specifications other than `"all"` of the adapters that may act in the present forward pass."""
@@ -151,7 +160,7 @@ class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
         if self.disable_adapters or self.merged_adapters:
             return hidden_states
         if self.row_adapters is not None:
-            return self._steer_rows(hidden_states)
+            return self._steer_rows(hidden_states, self.row_adapters)
         active = [name for name in self.active_adapters if name in self.steer_edit]
         if len(active) == 1:
             return self._steer(active[0], hidden_states)
@@ -160,31 +169,30 @@ class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
             out = out + (self._steer(name, hidden_states) - hidden_states)
         return out
 
-    def _steer_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _steer_rows(self, hidden_states: torch.Tensor, row_adapters: list[str]) -> torch.Tensor:
         # Rows of one item are consecutive: its beams, or its tokens where a model flattens the batch.
-        rows = hidden_states.reshape(len(self.row_adapters), -1, hidden_states.shape[-1])
-        out = rows.clone()
-        for name in sorted(set(self.row_adapters)):
+        items = hidden_states.reshape(len(row_adapters), -1, hidden_states.shape[-1])
+        out = items.clone()
+        for name in sorted(set(row_adapters)):
             if name in self.steer_edit:
-                chosen = [i for i, row_name in enumerate(self.row_adapters) if row_name == name]
-                out[chosen] = self._steer(name, rows[chosen], chosen)
+                chosen = [i for i, row_name in enumerate(row_adapters) if row_name == name]
+                out[chosen] = self._steer(name, items[chosen], (chosen, len(row_adapters)))
         return out.view(hidden_states.shape)
 
-    def _steer(self, name: str, h: torch.Tensor, items: list[int] | None = None) -> torch.Tensor:
-        """`h` steered by one adapter, where its positions are. `items`: those of the batch that `h` has, if not
-        all."""
-        edit, scale, positions = self.steer_edit[name], self.strength(name), self.positions[name]
-        if not isinstance(edit, nn.ModuleDict):
-            return self._edit_at(positions, edit, h, scale, items)
-        for part, ends in zip(edit.values(), split(positions), strict=True):  # of different tokens
-            h = self._edit_at(ends, part, h, scale, items)
+    def _steer(self, name: str, h: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
+        """`h` steered by one adapter at its positions. `rows`: those of the batch that `h` has, if not all."""
+        edits, scale, positions = self.edits(name), self.strength(name), self.positions[name]
+        if "" in edits:
+            return self._edit_at(positions, edits[""], h, scale, rows)
+        for edit, ends in zip(edits.values(), split(positions), strict=True):  # of different tokens
+            h = self._edit_at(ends, edit, h, scale, rows)
         return h
 
     def _edit_at(
-        self, positions: str, edit: Intervention, h: torch.Tensor, scale: float, items: list[int] | None
+        self, positions: str, edit: Intervention, h: torch.Tensor, scale: float, rows: Rows | None
     ) -> torch.Tensor:
         if positions == "all":
-            self._record(True, h, items)
+            self._record(True, h, rows)
             return edit(h, scale)
         if self.selection is None:
             raise ValueError(
@@ -193,36 +201,35 @@ class SteerLayer(Folding, LayerStrength, BaseTunerLayer):
                 "checkpointing. Call the whole model (`model(...)` or `model.generate(...)`)."
             )
         mask = self.selection.mask(positions)
-        if items is not None and isinstance(mask, torch.Tensor):
-            mask = mask.reshape(len(self.row_adapters), -1)[items]
+        if rows is not None and isinstance(mask, torch.Tensor):
+            chosen, total = rows
+            mask = mask.reshape(total, -1)[chosen]
         if isinstance(mask, torch.Tensor) and mask.numel() * h.shape[-1] != h.numel():
             raise ValueError(f"`positions`: hidden states {tuple(h.shape)} for tokens {tuple(mask.shape)}.")
-        self._record(mask, h, items)
+        self._record(mask, h, rows)
         if mask is True:
             return edit(h, scale)
-        if mask is False:
+        if not isinstance(mask, torch.Tensor):
             return h
         if torch.compiler.is_compiling():  # the number of rows would be a shape that depends on data
             return torch.where(mask.reshape(*h.shape[:-1], 1), edit(h, scale), h)
         flat = h.reshape(-1, h.shape[-1])
-        rows = self.selection.rows(positions) if items is None else mask.flatten().nonzero().flatten()
-        return flat.index_copy(0, rows, edit(flat.index_select(0, rows), scale)).view(h.shape)
+        tokens = self.selection.rows(positions) if rows is None else mask.flatten().nonzero().flatten()
+        return flat.index_copy(0, tokens, edit(flat.index_select(0, tokens), scale)).view(h.shape)
 
-    def _record(self, mask: torch.Tensor | bool, h: torch.Tensor, items: list[int] | None) -> None:
+    def _record(self, mask: torch.Tensor | bool, h: torch.Tensor, rows: Rows | None) -> None:
         if not torch.compiler.is_compiling():  # a side effect, which a compiled checkpoint does not allow
-            rows = len(h) if items is None else len(self.row_adapters or ())
-            self.edited.append((mask, h.shape[:-1], items, rows))
+            self.edited.append((mask, h.shape[:-1], rows))
 
     @property
     def steered(self) -> torch.Tensor | None:
         """The mask of what was edited in the last forward pass, `(rows, tokens)`; None if no adapter was on."""
         whole = None
-        for mask, shape, items, rows in self.edited:
+        for mask, shape, rows in self.edited:
+            chosen, total = rows or (slice(None), shape[0])
             if whole is None:
-                whole = torch.zeros(rows, *shape[1:], dtype=torch.bool)
-            whole[slice(None) if items is None else items] |= (
-                torch.tensor(mask) if isinstance(mask, bool) else mask.reshape(shape).cpu()
-            )
+                whole = torch.zeros(total, *shape[1:], dtype=torch.bool)
+            whole[chosen] |= torch.tensor(mask) if isinstance(mask, bool) else mask.reshape(shape).cpu()
         return whole
 
     # --- on and off
@@ -269,11 +276,11 @@ def steered_layers(model: nn.Module) -> list[SteerLayer]:
     forward pass would take as long as a block."""
     if torch.compiler.is_compiling():
         return [module for module in model.modules() if isinstance(module, SteerLayer)]
-    state, layers = vars(model).get("_kept_layers", (None, []))
-    if state is not _layers_state:
-        layers = [module for module in model.modules() if isinstance(module, SteerLayer)]
-        model._kept_layers = (_layers_state, layers)
-    return layers
+    kept: tuple[object, list[SteerLayer]] = vars(model).get("_kept_layers", (None, []))
+    if kept[0] is not _layers_state:
+        kept = (_layers_state, [module for module in model.modules() if isinstance(module, SteerLayer)])
+        vars(model)["_kept_layers"] = kept
+    return kept[1]
 
 
 def steered_modules(model: nn.Module) -> dict[str, nn.Module]:

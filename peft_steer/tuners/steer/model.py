@@ -1,13 +1,13 @@
 """`SteerModel`: injects the layers into a model, and everything PEFT does with an adapter."""
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_steer.registration import register
@@ -24,9 +24,10 @@ from .injection import (
     resolve_sites,
 )
 from .layer import CHILD, INPUT_CHILD, SteerLayer, steered_layers
-from .merging.plan import plan_merge, refuse_added_biases, refuse_to_save
+from .merging.plan import Step, plan_merge, refuse_added_biases, refuse_to_save
 from .merging.weighted_sums import add_up, config_of_sum
 from .position_hooks import check_stacks, untrack
+from .rows import check_rows, with_modules_of_rows, with_rows
 from .strength import Strength
 from .wrapping import unwrapped_key
 
@@ -63,7 +64,7 @@ class SteerModel(Strength, BaseTuner):
 
     prefix: str = "steer_"
     tuner_layer_cls = SteerLayer
-    target_module_mapping: ClassVar[dict] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's, of which it makes no class variable
 
     # --- injection
 
@@ -77,7 +78,7 @@ class SteerModel(Strength, BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        with injecting(self, model, adapter_name, self.peft_config[adapter_name].positions):
+        with injecting(self, model, adapter_name, self.configs[adapter_name].positions):
             if state_dict is not None:  # PEFT looks for the names of the steered modules in front of the prefix
                 child = rf"\.({INPUT_CHILD}|{CHILD})\.(?={self.prefix})"
                 state_dict = {re.sub(child, ".", unwrapped_key(key)): x for key, x in state_dict.items()}
@@ -91,7 +92,7 @@ class SteerModel(Strength, BaseTuner):
             )
 
     def _check_sites_of(self, state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
-        config = self.peft_config[adapter_name]
+        config = self.configs[adapter_name]
         names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict if f".{self.prefix}" in key}
         wrong = names - resolve_sites(model, config).keys()
         if wrong:
@@ -100,24 +101,41 @@ class SteerModel(Strength, BaseTuner):
                 f"(site={config.site!r}): they belong to different adapters."
             )
 
-    def _prepare_adapter_config(self, peft_config: SteerConfig, model_config: dict) -> SteerConfig:
+    @property
+    def configs(self) -> dict[str, SteerConfig]:
+        """The configuration of each adapter."""
+        return cast(dict[str, SteerConfig], self.peft_config)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config  # the blocks are found in the model, not in a table of model types
 
-    def _prepare_model(self, peft_config: SteerConfig, model: nn.Module) -> None:
-        self._plan = plan_injection(model, peft_config)
-        check_stacks(model, peft_config.positions, self._plan.sites)
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        config = cast(SteerConfig, peft_config)
+        self._plan = plan_injection(model, config)
+        check_stacks(model, config.positions, self._plan.sites)
         keep_unpacked(model)
 
-    def _check_target_module_exists(self, peft_config: SteerConfig, key: str):
+    def _check_target_module_exists(  # type: ignore[override]  # PEFT's returns such an object too, undeclared
+        self, peft_config: PeftConfig, key: str
+    ) -> bool | _ExcludedModule:
         return key in self._plan.sites or (_ExcludedModule() if key in self._plan.excluded else False)
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key) -> None:
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
         site = self._plan.sites[current_key]
         layer = getattr(target, INPUT_CHILD if site.place == "heads" else CHILD, None)
         if layer is None:
             layer = SteerLayer(site)
         device, dtype = device_and_dtype(target, self.model)
-        layer.update_layer(adapter_name, peft_config, site, device, dtype, group=self._plan.group)
+        layer.update_layer(adapter_name, cast(SteerConfig, peft_config), site, device, dtype, group=self._plan.group)
 
     def _tuner_layers(self) -> list[SteerLayer]:
         return steered_layers(self.model)
@@ -125,7 +143,7 @@ class SteerModel(Strength, BaseTuner):
     # --- rows of one batch with different adapters
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -133,36 +151,9 @@ class SteerModel(Strength, BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = self._tuner_layers()
-        if any(layer.merged for layer in layers):
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        unknown = set(adapter_names) - {"__base__"} - {name for layer in layers for name in layer.steer_edit}
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds", "input_features"))
-        inputs = next((x for x in (*args[:1], *named, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-        if inputs is not None and len(inputs) != len(adapter_names):
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {len(inputs)} respectively."
-            )
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_adapter_names, adapter_names=adapter_names), with_kwargs=True
-            )
-            for module in self.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        for layer in layers:
-            layer.row_adapters = list(adapter_names)
-        try:
+        check_rows(layers, adapter_names, args, kwargs)
+        with with_modules_of_rows(self, adapter_names), with_rows(layers, adapter_names):
             yield
-        finally:
-            for layer in layers:
-                layer.row_adapters = None
-            for handle in handles:
-                handle.remove()
 
     # --- merging and unloading
 
@@ -181,13 +172,13 @@ class SteerModel(Strength, BaseTuner):
         Raises:
             ValueError: if no adapter of their kind equals the sum; says what to do instead.
         """
-        config = config_of_sum(self, adapters, weights, adapter_name, options)
+        config = config_of_sum(following.layers(self), self.configs, adapters, weights, adapter_name, options)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         add_up(self._tuner_layers(), adapters, weights, adapter_name)
 
     def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
-        plan_merge(self.model, self.peft_config, adapter_names)
+        plan_merge(self.model, self.configs, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base's weights where that is exact; `merging/plan.py` says where it is. If an
@@ -205,7 +196,7 @@ class SteerModel(Strength, BaseTuner):
             raise ValueError("Cannot merge while the adapters are disabled; enable them first.")
         pushed = following.pushed_by_trl()
         with following.explaining(self, pushed):
-            plan = plan_merge(self.model, self.peft_config, adapter_names)
+            plan = plan_merge(self.model, self.configs, adapter_names)
             if pushed:
                 refuse_added_biases(plan)
         for layer, _, names in plan:
@@ -217,7 +208,7 @@ class SteerModel(Strength, BaseTuner):
                 )
         self._merge(plan, safe_merge)
 
-    def _merge(self, plan: list, safe_merge: bool) -> None:
+    def _merge(self, plan: list[Step], safe_merge: bool) -> None:
         for layer, _, names in plan if safe_merge else ():
             for name in names:
                 if not all(p.isfinite().all() for p in layer.steer_edit[name].parameters()):
@@ -231,7 +222,7 @@ class SteerModel(Strength, BaseTuner):
         for layer in self._tuner_layers():
             layer.unmerge()
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT declares None and returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -239,7 +230,7 @@ class SteerModel(Strength, BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:  # active adapters that are not named are dropped, as PEFT drops them
-            self._merge(plan_merge(self.model, self.peft_config, adapter_names), safe_merge)
+            self._merge(plan_merge(self.model, self.configs, adapter_names), safe_merge)
         layers = self._tuner_layers()
         if any(layer.merge_added_bias for layer in layers) and merge:
             refuse_to_save(self.model)
@@ -249,16 +240,24 @@ class SteerModel(Strength, BaseTuner):
             layer.detach()
         untrack(self.model)
         # what is left to do is `modules_to_save`
-        return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar)
+        return cast(nn.Module, super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar))
 
     # --- the file
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
         # By our own marker and not by the names of modules, which PEFT 0.21 gets wrong below a checkpoint wrapper
         # (FSDP's `fsdp_activation_checkpointing`): it then saves an empty file.
         adapter = {key: x for key, x in state_dict.items() if f"{MARKER}.{adapter_name}." in key}
-        config.intervention.before_saving(config, adapter)
+        steer = cast(SteerConfig, config)
+        steer.intervention.before_saving(steer, adapter)
         return adapter
 
     @classmethod
@@ -268,17 +267,14 @@ class SteerModel(Strength, BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         state_dict = {
             unwrapped_key(key).replace(f"{MARKER}.", f"{MARKER}.{adapter_name}."): x for key, x in state_dict.items()
         }
         check_state_dict(model, adapter_name, state_dict, MARKER)
         return state_dict
-
-
-def _pass_adapter_names(module, args, kwargs, adapter_names):
-    repeats = len(args[0]) // len(adapter_names)  # beams, returned sequences
-    return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
 
 
 register(STEER, SteerConfig, SteerModel)

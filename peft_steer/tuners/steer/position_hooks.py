@@ -5,13 +5,15 @@ Everything is a module-level function or class, so that a steered model can be c
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any, cast
 
 import torch
 from peft import PeftMixedModel, PeftModel
 from torch import nn
-from transformers import GenerationMixin
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from peft_steer.positions.layout import (
     Generation,
@@ -21,7 +23,7 @@ from peft_steer.positions.layout import (
     of_whole_completions,
     of_whole_prompts,
 )
-from peft_steer.positions.spec import Selection
+from peft_steer.positions.spec import Layout, Selection
 
 from .layer import SteerLayer, forget_layers, steered_layers
 
@@ -36,7 +38,7 @@ class _Tracker:
     def __init__(self, model: nn.Module):
         self.generation: Generation | None = None  # while `generate` runs
         self.arguments = tuple(inspect.signature(model.forward).parameters)
-        self.handles: list = []
+        self.handles: list[RemovableHandle] = []
 
 
 def track(model: nn.Module, positions: str) -> None:
@@ -47,12 +49,12 @@ def track(model: nn.Module, positions: str) -> None:
     tracker = _Tracker(model)
     setattr(model, _TRACKER, tracker)
     _register(model, tracker, partial(_begin, tracker=tracker))
-    if _is_encoder_decoder(model):
-        encoder = model.get_encoder()
+    encoder = _encoder(model)
+    if encoder is not None:
         arguments = tuple(inspect.signature(encoder.forward).parameters)
         _register(encoder, tracker, partial(_begin_encoder, arguments=arguments))
     elif isinstance(model, GenerationMixin):
-        model.generate = partial(_generate, model, tracker)
+        vars(model)["generate"] = partial(_generate, model, tracker)
 
 
 def needs_prompts(model: nn.Module) -> bool:
@@ -70,8 +72,7 @@ def untrack(model: nn.Module) -> None:
     for handle in getattr(model, _TRACKER).handles:
         handle.remove()
     delattr(model, _TRACKER)
-    if "generate" in vars(model):
-        del model.generate
+    vars(model).pop("generate", None)
 
 
 def _innermost(model: nn.Module) -> nn.Module:
@@ -89,10 +90,11 @@ def check_stacks(model: nn.Module, positions: str, names: Iterable[str]) -> None
             f"`positions='completion'` has no token in {type(_innermost(model)).__name__}, which does not generate: "
             "everything is prompt. Choose other `positions`."
         )
-    if positions == "all" or not _is_encoder_decoder(model):
+    encoder = _encoder(model)
+    if positions == "all" or encoder is None:
         return
-    encoder = next(name for name, m in model.named_modules() if m is model.get_encoder())
-    wrong = [name for name in names if name.startswith(f"{encoder}.") == (positions == "completion")]
+    prefix = next(name for name, m in model.named_modules() if m is encoder)
+    wrong = [name for name in names if name.startswith(f"{prefix}.") == (positions == "completion")]
     if wrong:
         raise ValueError(
             f"`positions={positions!r}` has no token at {wrong[0]!r}: in {type(model).__name__} the encoder has the "
@@ -101,23 +103,31 @@ def check_stacks(model: nn.Module, positions: str, names: Iterable[str]) -> None
         )
 
 
-def _register(module: nn.Module, tracker: _Tracker, begin) -> None:
+def _register(module: nn.Module, tracker: _Tracker, begin: Callable[..., Any]) -> None:
     tracker.handles += [
         module.register_forward_pre_hook(begin, with_kwargs=True),
         module.register_forward_hook(_end, always_call=True),
     ]
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of a model that has a decoder beside it."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder: nn.Module = cast(PreTrainedModel, model).get_encoder()
+    return encoder
 
 
-def _begin(module: nn.Module, args: tuple, kwargs: dict, tracker: _Tracker):
+def _begin(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracker: _Tracker
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     inputs = {**dict(zip(tracker.arguments, args, strict=False)), **kwargs}
-    elsewhere = set()
-    if _is_encoder_decoder(module):
+    elsewhere: set[int] = set()
+    encoder = _encoder(module)
+    layout: Callable[[], Layout | None]
+    if encoder is not None:
         layout = partial(of_whole_completions, inputs)
-        elsewhere = {id(layer) for layer in steered_layers(module.get_encoder())}
+        elsewhere = {id(layer) for layer in steered_layers(encoder)}
     elif tracker.generation is not None:
         layout = partial(during_generation, inputs, cached_length(inputs.get("past_key_values")), tracker.generation)
     else:
@@ -128,7 +138,9 @@ def _begin(module: nn.Module, args: tuple, kwargs: dict, tracker: _Tracker):
     return args, {name: x for name, x in kwargs.items() if name not in _OURS}
 
 
-def _begin_encoder(module: nn.Module, args: tuple, kwargs: dict, arguments: tuple[str, ...]) -> None:
+def _begin_encoder(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: tuple[str, ...]
+) -> None:
     inputs = {**dict(zip(arguments, args, strict=False)), **kwargs}
     _hand_out(module, Selection(partial(of_whole_prompts, inputs)), set())
 
@@ -144,10 +156,10 @@ def _hand_out(module: nn.Module, selection: Selection, elsewhere: set[int]) -> N
         for m in module.modules():
             func = vars(m).get("_gradient_checkpointing_func")
             if func is not None and not isinstance(func, _Carrying):
-                m._gradient_checkpointing_func = _Carrying(func, m)
+                vars(m)["_gradient_checkpointing_func"] = _Carrying(func, m)
 
 
-def _end(module: nn.Module, args: tuple, output) -> None:
+def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     for layer in steered_layers(module):
         layer.selection = None
 
@@ -156,30 +168,35 @@ class _Carrying:
     """A function for gradient checkpointing that recomputes with the positions of the pass that it recomputes: by then
     the model has forgotten them, or has run on other inputs."""
 
-    def __init__(self, func, module: nn.Module):
+    def __init__(self, func: Callable[..., Any], module: nn.Module):
         self.func, self.module = func, module
 
-    def __call__(self, function, *args, **kwargs):
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.func(function, *args, **kwargs)
         selections = [(layer, layer.selection) for layer in steered_layers(self.module)]
         return self.func(partial(_with_selections, selections, function), *args, **kwargs)
 
 
-def _with_selections(selections: list[tuple[SteerLayer, Selection]], function, *args, **kwargs):
+def _with_selections(
+    selections: list[tuple[SteerLayer, Selection | None]], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     before = [layer.selection for layer, _ in selections]
     for layer, selection in selections:
         layer.selection = selection
     try:
         return function(*args, **kwargs)
     finally:
-        for (layer, _), selection in zip(selections, before, strict=True):
-            layer.selection = selection
+        for (layer, _), earlier in zip(selections, before, strict=True):
+            layer.selection = earlier
 
 
-def _generate(model: nn.Module, tracker: _Tracker, inputs: torch.Tensor | None = None, *args, **kwargs):
+def _generate(
+    model: GenerationMixin, tracker: _Tracker, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
     """`model.generate`, during which the model knows the prompt."""
-    _refuse(model, kwargs)
+    config: GenerationConfig = kwargs.get("generation_config") or model.generation_config
+    _refuse(config, kwargs)
     x = kwargs.get("inputs_embeds")
     if x is None:
         x = kwargs.get("input_ids") if inputs is None else inputs
@@ -187,20 +204,20 @@ def _generate(model: nn.Module, tracker: _Tracker, inputs: torch.Tensor | None =
         raise ValueError("`positions` refers to the prompt: pass `input_ids` or `inputs_embeds` to `generate`.")
     mask = kwargs.get("attention_mask")
     if mask is None:
-        mask = _inferred_mask(model, x, kwargs)
+        mask = _inferred_mask(config, x, kwargs)
     elif mask.ndim != 2:
         raise ValueError(
             "`positions` needs a two-dimensional `attention_mask` (batch, tokens), which shows the padding."
         )
     before, tracker.generation = tracker.generation, Generation(mask > 0)
     try:
-        return type(model).generate(model, inputs, *args, **kwargs)
+        generate: Callable[..., Any] = type(model).generate
+        return generate(model, inputs, *args, **kwargs)
     finally:
         tracker.generation = before
 
 
-def _refuse(model: nn.Module, kwargs: dict) -> None:
-    config = kwargs.get("generation_config") or model.generation_config
+def _refuse(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     reasons = {
         "assistant_model": config.is_assistant
         and "an assistant model continues sequences whose prompt it cannot know",
@@ -214,14 +231,13 @@ def _refuse(model: nn.Module, kwargs: dict) -> None:
             raise ValueError(f"`{name}` cannot be used with `positions` other than 'all': {reason}.")
 
 
-def _inferred_mask(model: nn.Module, x: torch.Tensor, kwargs: dict) -> torch.Tensor:
+def _inferred_mask(config: GenerationConfig, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """As `generate` infers it: padding is where the padding token is, unless that ends sequences too."""
-    config = kwargs.get("generation_config") or model.generation_config
     pad = kwargs.get("pad_token_id", config.pad_token_id)
     eos = kwargs.get("eos_token_id", config.eos_token_id)
     if x.ndim != 2 or pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    return x != pad
+    return x.ne(pad)
 
 
 def steered_positions(model: nn.Module) -> int:
@@ -237,7 +253,7 @@ def steered_positions(model: nn.Module) -> int:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SteerLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no steering adapter.")
-    stacks: dict[tuple, torch.Tensor] = {}  # an encoder and a decoder have different tokens
+    stacks: dict[str, torch.Tensor] = {}  # an encoder and a decoder have different tokens
     for name, layer in layers.items():
         mask = layer.steered
         if mask is None:

@@ -2,6 +2,12 @@
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_steer.interventions import Intervention
+
+
+Linear = nn.Linear | Conv1D  # whose weight is transposed
 
 
 class Folding(nn.Module):
@@ -14,20 +20,22 @@ class Folding(nn.Module):
     merged_adapters: list[str]
     scaling: dict[str, float]
     at_input: bool
-    steer_edit: nn.ModuleDict
     own_weight: torch.Tensor
     own_bias: torch.Tensor | None
     _trained: bool
-    _merged_into: tuple[nn.Module, ...] = ()  # the linear layer, in a tuple: not a submodule
+    _merged_into: tuple[Linear, ...] = ()  # the linear layer, in a tuple: not a submodule
 
-    def merge_into(self, linear: nn.Module, adapter_names: list[str]) -> None:
+    def shared_edit(self, adapter_name: str) -> Intervention:
+        """The edit of an adapter that has one for all tokens."""
+        raise NotImplementedError
+
+    def merge_into(self, linear: Linear, adapter_names: list[str]) -> None:
         """Fold affine edits of `linear`'s output into it: `y + s (M y + v)` with `y = W x + b` is
         `(W + s M W) x + (b + s M b + s v)`. Those of its input, `x + s (M x + v)`: `(W + s W M) x + (b + s W v)`.
 
         Args:
-            linear: an `nn.Linear`, or transformers' `Conv1D` (whose weight is transposed), with output (or input)
-                width `d`.
-            adapter_names: adapters of this layer whose `affine()` is not None.
+            linear: with output (or input) width `d`.
+            adapter_names: adapters of this layer whose edits are affine.
         """
         if not self._merged_into:
             self.register_buffer("own_weight", linear.weight.detach(), persistent=False)
@@ -40,7 +48,10 @@ class Folding(nn.Module):
         b = W.new_zeros(len(W)) if bias is None else bias.detach().to(W)
         new_W, new_b, has_bias = W.clone(), b.clone(), bias is not None
         for name in self.merged_adapters + adapter_names:
-            M, v = (x if x is None else x.detach().to(W) for x in self.steer_edit[name].affine())
+            affine = self.shared_edit(name).affine()
+            if affine is None:
+                raise ValueError(f"The edit of {name!r} is not affine and cannot be folded into a weight.")
+            M, v = (x if x is None else x.detach().to(W) for x in affine)
             if M is not None:
                 new_W += self.scaling[name] * (W @ M if self.at_input else M @ W)
                 new_b += 0 if self.at_input else self.scaling[name] * (M @ b)
@@ -51,11 +62,11 @@ class Folding(nn.Module):
             (new_W.t() if transposed else new_W).contiguous().to(weight.dtype), requires_grad=False
         )
         if has_bias:
-            linear.bias = nn.Parameter(new_b.to(weight.dtype), requires_grad=False)
+            linear.register_parameter("bias", nn.Parameter(new_b.to(weight.dtype), requires_grad=False))
         self.merged_adapters = self.merged_adapters + adapter_names
 
     @property
-    def merged_linear(self) -> nn.Module | None:
+    def merged_linear(self) -> Linear | None:
         """The linear layer that holds merged edits, if any."""
         return self._merged_into[0] if self._merged_into else None
 
@@ -70,7 +81,8 @@ class Folding(nn.Module):
         linear = self.merged_linear
         if linear is not None:
             linear.weight = nn.Parameter(self.own_weight, requires_grad=self._trained)
-            linear.bias = None if self.own_bias is None else nn.Parameter(self.own_bias, requires_grad=self._trained)
+            bias = None if self.own_bias is None else nn.Parameter(self.own_bias, requires_grad=self._trained)
+            linear.register_parameter("bias", bias)
             del self.own_weight, self.own_bias
         self._merged_into = ()
         self.merged_adapters = []

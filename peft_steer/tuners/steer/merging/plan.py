@@ -1,8 +1,8 @@
 """When an edit can be folded into the base's weights exactly, and the linear layer that it is folded into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -14,11 +14,16 @@ from peft_steer.sites import Site, output_linear, site_module
 from ..config import SteerConfig
 from ..injection import resolve_sites
 from ..layer import CHILD, SteerLayer
+from .folding import Linear
+
+
+Alike = tuple[object, ...]  # what blocks that behave alike have in common
+Step = tuple[SteerLayer, Linear, list[str]]  # a layer, the linear layer that takes its edits, names of adapters
 
 
 def plan_merge(
     model: nn.Module, configs: dict[str, SteerConfig], adapter_names: list[str] | None = None
-) -> list[tuple[SteerLayer, nn.Module, list[str]]]:
+) -> list[Step]:
     """The layers to merge, each with the linear layer that takes its edits and the names of the adapters.
 
     A fixed vector, and any edit without an activation of an MLP's or attention's output, is an affine function of what
@@ -37,9 +42,9 @@ def plan_merge(
     unknown = set(adapter_names or ()) - set(configs)
     if unknown:
         raise ValueError(f"There are no adapters {sorted(unknown)} to merge; there are {list(configs)}.")
-    plan = []
+    plan: list[Step] = []
     sites: dict[str, dict[str, Site]] = {}
-    tried: set[tuple] = set()
+    tried: set[Alike] = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, SteerLayer):
             continue
@@ -58,8 +63,8 @@ def plan_merge(
 
 
 def _linear_for(
-    model: nn.Module, config: SteerConfig, site: Site, layer: SteerLayer, adapter_name: str, tried: set[tuple]
-) -> nn.Module:
+    model: nn.Module, config: SteerConfig, site: Site, layer: SteerLayer, adapter_name: str, tried: set[Alike]
+) -> Linear:
     def refuse(reason: str) -> NoReturn:
         raise ValueError(
             f"The adapter at {site.name!r} (site={site.place!r}, kind={config.kind!r}) cannot be merged: {reason}. "
@@ -69,14 +74,13 @@ def _linear_for(
 
     if config.positions != "all":
         refuse(f"`positions={config.positions!r}` edits some tokens, a weight all of them")
-    affine = layer.steer_edit[adapter_name].affine()
+    affine = layer.shared_edit(adapter_name).affine()
     if affine is None:
         refuse("no change of a weight equals a nonlinear edit")
     if site.place == "block" and affine[0] is not None:
         refuse("it reads the skip connection, which no linear layer returns")
     if site.place == "heads":
-        _check_plain(site.module, refuse)
-        return site.module
+        return _plain(site.module, refuse)
     name, module = site_module(site.block, "mlp" if site.place == "block" else site.place)
     if "norm" in name.rpartition(".")[2].lower():
         refuse(f"the norm {name!r} stands between the last linear layer and the edit")
@@ -86,36 +90,43 @@ def _linear_for(
     inner = output_linear(module)
     if inner is None:
         refuse(f"no single linear layer returns the output of {name!r} ({type(module).__name__})")
-    linear = module.get_submodule(inner)
-    _check_plain(linear, refuse)
-    alike = (site.place, site.block.stack, type(site.block.module), type(module))  # such blocks behave alike
+    linear = _plain(module.get_submodule(inner), refuse)
+    alike: Alike = (site.place, site.block.stack, type(site.block.module), type(module))
     if alike not in tried and not arrives_unchanged(model, linear, site.module):
         refuse(f"what {name!r} returns is normalized, scaled or otherwise changed before the place of the edit")
     tried.add(alike)
     return linear
 
 
-def _check_plain(linear: nn.Module, refuse: Callable[[str], NoReturn]) -> None:
-    plain = isinstance(linear, (nn.Linear, Conv1D)) and type(linear.weight) is nn.Parameter
-    if not plain or not linear.weight.is_floating_point() or linear.weight.is_meta:
-        refuse(f"the weight of {type(linear).__name__} is quantized, sharded, offloaded or adapted by another method")
+def _plain(linear: nn.Module, refuse: Callable[[str], NoReturn]) -> Linear:
+    """`linear`, if its weight can be changed."""
+    if (
+        isinstance(linear, (nn.Linear, Conv1D))
+        and type(linear.weight) is nn.Parameter
+        and linear.weight.is_floating_point()
+        and not linear.weight.is_meta
+    ):
+        return linear
+    refuse(f"the weight of {type(linear).__name__} is quantized, sharded, offloaded or adapted by another method")
 
 
 @torch.no_grad()
 def arrives_unchanged(model: nn.Module, source: nn.Module, steered: nn.Module) -> bool:
     """Whether something added to `source`'s output appears in `steered`'s output as it is: tried, on the model's
     dummy input, since no attribute tells a block that normalizes after the sum (BERT, BART) from one that does not."""
-    if not hasattr(model, "dummy_inputs"):
+    dummy_inputs: Mapping[str, torch.Tensor] | None = getattr(model, "dummy_inputs", None)
+    if dummy_inputs is None:
         raise ValueError(
             f"Whether merging is exact is tried on `dummy_inputs`, which {type(model).__name__} does not have; define "
             "it as transformers' models do (a dictionary of forward arguments)."
         )
-    outputs, added = [], None
+    outputs: list[torch.Tensor] = []
+    added: torch.Tensor | None = None
 
-    def add(module, args, output):
+    def add(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return output if added is None else output + added
 
-    def record(module, args, output):
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
     modes = {module: module.training for module in model.modules()}
@@ -125,7 +136,7 @@ def arrives_unchanged(model: nn.Module, source: nn.Module, steered: nn.Module) -
         model.eval()
         for layer in layers:
             layer._disable_adapters = True
-        dummy = {name: x.to(next(source.parameters()).device) for name, x in model.dummy_inputs.items()}
+        dummy = {name: x.to(next(source.parameters()).device) for name, x in dummy_inputs.items()}
         model(**dummy)
         added = outputs[0].std() * torch.linspace(-1, 1, outputs[0].shape[-1]).to(outputs[0])
         model(**dummy)
@@ -141,7 +152,7 @@ def arrives_unchanged(model: nn.Module, source: nn.Module, steered: nn.Module) -
     return bool((moved - added).norm() < tolerance * moved.norm())
 
 
-def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:
+def _check_one_edit_per_linear(model: nn.Module, plan: list[Step]) -> None:
     taken = {id(m.merged_linear): m for m in model.modules() if isinstance(m, SteerLayer) and m.merged}
     for layer, linear, _ in plan:
         if taken.setdefault(id(linear), layer) is not layer:
@@ -151,21 +162,22 @@ def _check_one_edit_per_linear(model: nn.Module, plan: list) -> None:
             )
 
 
-def refuse_added_biases(plan: list) -> None:
+def refuse_added_biases(plan: list[Step]) -> None:
     """Raise `ValueError` if merging would give a bias to a linear layer that has none: an engine that is pushed the
     merged weights has no such parameter, and vLLM skips those that it does not know."""
     for layer, linear, names in plan:
-        if linear.bias is None and any(layer.steer_edit[name].affine()[1] is not None for name in names):
+        affine = [layer.shared_edit(name).affine() for name in names]
+        if linear.bias is None and any(parts is not None and parts[1] is not None for parts in affine):
             raise ValueError("Merging this adapter makes biases, which vLLM would leave out without a word.")
 
 
 def refuse_to_save(model: nn.Module) -> None:
     """Make `model.save_pretrained` raise: its configuration has no bias where merging had to add one, so
     `from_pretrained` would drop the bias, silently."""
-    model.save_pretrained = MethodType(_save_refused, model)
+    vars(model)["save_pretrained"] = MethodType(_save_refused, model)
 
 
-def _save_refused(model, *args, **kwargs):
+def _save_refused(model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
     raise ValueError(
         "This model cannot be saved with the adapter merged: merging gave a bias to linear layers that have none in "
         f"{type(model).__name__}'s configuration, and `from_pretrained` would drop it. Save the adapter instead (the "
