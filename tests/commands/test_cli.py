@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from peft_steer.cost import methods
 from peft_steer.evaluation.tasks import OUR_TASKS
 from peft_steer.utils.errors import UsageError
 from peft_steer_cli import cost, main
+from peft_steer_cli.main import COMMANDS
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -103,6 +105,28 @@ def test_help_and_mistyped_commands_import_nothing(words, code, output):
     process = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
     assert process.returncode == code, process.stderr
     assert output in process.stdout + process.stderr
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
+    def imports(name):
+        def command(arguments):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(shell, "imports", command, raising=False)
+        return shell.run("peft-steer x", "peft_steer.commands.shell:imports", [], "bench")
+
+    assert imports("statsmodels.stats") == 2
+    assert (
+        "needs 'statsmodels.stats', which is not installed: pip install 'peft-steer[bench]'" in capsys.readouterr().err
+    )
+    with pytest.raises(ModuleNotFoundError, match=r"peft_steer\.gone"):  # a fault of ours
+        imports("peft_steer.gone")
+
+
+def test_the_extras_of_commands_exist():
+    project = (OUR_TASKS.parent / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    extras = set(re.findall(r"^(\w+) = \[", project.split("\n[")[0], re.MULTILINE))
+    assert {command.extra for command in COMMANDS.values()} <= extras
 
 
 def test_the_help_of_cost_names_its_presets():
