@@ -9,7 +9,7 @@ steered model in training.
 import dataclasses
 import importlib
 import sys
-from typing import Any
+from typing import Any, cast
 
 
 # What a block of vLLM's returns: the hidden state in two parts, of which the next norm makes the sum ("deferred"), the
@@ -84,18 +84,22 @@ def options(config: Any) -> dict[str, Any] | None:
 class Steerable:
     """Comes before a model class of vLLM."""
 
+    _steering: Any
+
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        model: Any = super()
+        model.__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.__dict__["_steering"] = None
         if (options(vllm_config) is not None or _in_training()) and not prefix:
             from peft_steer.serving.vllm.models import steer
 
-            self.__dict__["_steering"] = steer(self, vllm_config)
+            self.__dict__["_steering"] = steer(cast(Any, self), vllm_config)
 
     def load_weights(self, weights: Any, *args: Any, **kwargs: Any) -> Any:
         if self._steering is not None:
             weights = self._steering.receive(weights)
-        return super().load_weights(weights, *args, **kwargs)
+        model: Any = super()
+        return model.load_weights(weights, *args, **kwargs)
 
 
 def __getattr__(name: str) -> type:

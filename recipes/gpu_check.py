@@ -24,9 +24,16 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from datasets import Dataset
+from peft import PeftModel
 from tabulate import tabulate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_steer import PostBlockSteerConfig
@@ -94,7 +101,8 @@ def cost(folder: Path, tiny: bool) -> Iterator[Row]:
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     batch["use_cache"] = False
     adapted = {"floor": adapt(base, FLOOR), **{name: adapt(base, name) for name in METHODS}}
-    decoders_of = {"base": share(base), **{name: model for name, model in adapted.items() if name != "floor"}}
+    decoders_of: dict[str, PreTrainedModel | PeftModel] = {"base": share(base), **adapted}
+    del decoders_of["floor"]
     prompts = ids[:1, :8]
     decode = measure.interleaved_seconds(
         {name: measure.greedy_decoding(model, prompts, tokens) for name, model in decoders_of.items()},
@@ -229,9 +237,9 @@ def _make_model(folder: Path, shape: dict[str, int]) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **shape}
     with torch.device(DEVICE):
-        config = LlamaConfig(**shape, **special, max_position_embeddings=1024, tie_word_embeddings=True)
+        config = LlamaConfig(**special, max_position_embeddings=1024, tie_word_embeddings=True)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
@@ -243,7 +251,7 @@ def _load(folder: Path, precision: str, exact: bool = False) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
         kwargs["device_map"] = {"": DEVICE}
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     keep_unpacked(model)
     if precision != "nf4":
         model = model.to(DEVICE)
@@ -292,7 +300,7 @@ def _trained(name: str, trainer: Any) -> Row:
     )
 
 
-def _reward(completions: list[str], **_: Any) -> list[float]:
+def _reward(completions: list[str], **_: Any) -> list[float | None]:
     return [sum(byte % 2 for byte in text.encode()) / max(1, len(text.encode())) for text in completions]
 
 

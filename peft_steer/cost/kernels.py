@@ -28,7 +28,8 @@ class CountKernels(TorchDispatchMode):
 def kernels_of_a_token(model: torch.nn.Module) -> int:
     """Kernels of a forward pass on one token in evaluation, where all that is kept between passes is prepared."""
     training = model.training
-    token = {"input_ids": torch.ones(1, 1, dtype=torch.long, device=model.device), "use_cache": False}
+    ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    token = {"input_ids": ids, "use_cache": False}
     model.eval()
     try:
         with torch.no_grad():

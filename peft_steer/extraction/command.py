@@ -5,6 +5,7 @@ import json
 import random
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -53,7 +54,7 @@ def extract(args: argparse.Namespace) -> None:
         chosen = best(found, task.higher_is_better()[_metric(task)])
         scale = chosen.scale
         print(f"\nStrength {scale:g}: the best {_metric(task)} on {args.task}'s validation split.")
-    config = model.peft_config["default"]
+    config = cast(SteerConfig, model.peft_config["default"])
     config.scale = scale
     config.base_model_name_or_path = args.model
     model.save_pretrained(args.output, save_embedding_layers=False)
@@ -106,12 +107,12 @@ def _pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _model(args: argparse.Namespace, path: str) -> PeftModel:
-    quantized = {}
+    quantized: dict[str, Any] = {}
     if args.load_in_4bit or args.load_in_8bit:
         quantized["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit, bnb_4bit_quant_type="nf4"
         )
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, **quantized)
+    base: Any = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, **quantized)
     if torch.cuda.is_available() and not quantized:
         base = base.to("cuda")
     config = SteerConfig(kind="vector", site=args.site, layers_to_transform=args.layers, task_type="CAUSAL_LM")

@@ -4,7 +4,7 @@ task's score."""
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.api.task import ConfigurableTask
@@ -12,6 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from peft_steer import SteerModel
 from peft_steer.evaluation.lm import PeftSteerLM
 from peft_steer.evaluation.scoring import score
 
@@ -57,12 +58,13 @@ def effects(
     """The effect of every strength in `scales`, on held-out pairs and on the evaluated split of `task`. The adapter's
     strength is what it was afterwards."""
     found = []
+    tuner = cast(SteerModel, model.base_model)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # that the model is an object is meant
     harness = None if task is None else PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with model.disable_adapter():
         odds_0 = _log_odds(model, held_out)
     for number, scale in enumerate(tqdm(scales, desc="Strengths", delay=2, disable=task is not None), 1):
-        model.base_model.set_scale("default", scale)
+        tuner.set_scale("default", scale)
         odds = _log_odds(model, held_out)
         result: dict[str, Any] = {}
         if task is not None:
@@ -73,19 +75,19 @@ def effects(
             Effect(
                 scale,
                 *_mean(odds),
-                *_mean(None if odds is None else odds - odds_0),
+                *_mean(None if odds is None or odds_0 is None else odds - odds_0),
                 _kl(model, [text for pair in held_out for text in (pair.positive, pair.negative)]),
                 **result,
             )
         )
-    model.base_model.set_scale("default", 1.0)
+    tuner.set_scale("default", 1.0)
     return found
 
 
 def best(found: Sequence[Effect], higher_is_better: bool = True) -> Effect:
-    """The one with the best score; of equals the weakest."""
+    """The one with the best score; of equals the weakest. All must have a score."""
     sign = 1 if higher_is_better else -1
-    return max(found, key=lambda effect: (sign * effect.score, -abs(effect.scale)))
+    return max(found, key=lambda effect: (sign * cast(float, effect.score), -abs(effect.scale)))
 
 
 def _mean(x: torch.Tensor | None) -> tuple[float | None, float | None]:
@@ -124,5 +126,5 @@ def _kl(model: PeftModel, texts: Sequence[Text]) -> float | None:
 
 def _log_probs(model: PeftModel, text: Text) -> torch.Tensor:
     """Of the next token after each of the text's, `(tokens, vocabulary)`, in float32."""
-    ids = torch.tensor([text.ids], device=model.get_base_model().get_input_embeddings().weight.device)
+    ids = torch.tensor([text.ids], device=model.device)
     return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)

@@ -6,7 +6,7 @@ A pair is either two texts, with a common prompt or without one, or one question
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -122,4 +122,4 @@ def _tokens(text: str | list, tokenizer: PreTrainedTokenizerBase, **template: An
 def _templated(messages: list, tokenizer: PreTrainedTokenizerBase, **template: Any) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template, and the texts are messages; give strings")
-    return tokenizer.apply_chat_template(messages, tokenize=False, **template)
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **template))

@@ -1,10 +1,11 @@
 """Vectors from contrastive texts as the values of an adapter: to be used as they are, or to be trained further."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel, PeftType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_steer import SteerConfig
 from peft_steer.sites import Block
@@ -73,7 +74,7 @@ def vector_places(model: PeftModel, adapter_name: str = "default") -> dict[str, 
     if not isinstance(config, SteerConfig) or config.kind != "vector" or not config.share_weights:
         raise ValueError(
             f"adapter {adapter_name!r} has no vectors to set: make it with SteerConfig(kind='vector'); there are "
-            f"{ {name: getattr(c, 'kind', c.peft_type.value) for name, c in model.peft_config.items()} }"
+            f"{ {name: getattr(c, 'kind', PeftType(c.peft_type).value) for name, c in model.peft_config.items()} }"
         )
     sites = resolve_sites(model.get_base_model(), config)
     return {name: (site.block, site.place) for name, site in sites.items()}
@@ -89,11 +90,12 @@ def collect_pairs(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The states of both sides at `places`, each `(pairs, d)`, of the base alone, by the steered module's name."""
     found = {}
+    base = cast(PreTrainedModel, model.get_base_model())
     with model.disable_adapter():
         for site in dict.fromkeys(site for _, site in places.values()):
             blocks = {name: block for name, (block, at) in places.items() if at == site}
             both = [*positive, *negative]
-            states = collect(model.get_base_model(), both, list(blocks.values()), site, tokens, batch_size)
+            states = collect(base, both, list(blocks.values()), site, tokens, batch_size)
             for name, block in blocks.items():
                 found[name] = tuple(states[block.index].split(len(positive)))
     return {name: found[name] for name in places}

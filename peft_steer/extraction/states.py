@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import cast
 
 import torch
 from torch import nn
@@ -40,14 +41,14 @@ def collect(
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     kept: dict[int, list] = {block.index: [None] * len(texts) for block in blocks}
     seen: dict[int, torch.Tensor] = {}
-    device = model.get_input_embeddings().weight.device
+    device = cast(nn.Embedding, model.get_input_embeddings()).weight.device
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as hooks:
         for block in blocks:
             module = site_module(block, site)[1]
             handle = _register(module, site == "heads", seen, block.index)
             hooks.callback(handle.remove)
-        hooks.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+        hooks.callback(_set_modes, modes)
         model.eval()
         starts = range(0, len(texts), batch_size)
         for start in tqdm(starts, desc=f"States at {site!r}", unit="batch", delay=2):
@@ -60,6 +61,11 @@ def collect(
                 for row, i in enumerate(chosen):
                     kept[index][i] = means[row]
     return {index: torch.stack(rows) for index, rows in kept.items()}
+
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def _register(module: nn.Module, at_input: bool, seen: dict[int, torch.Tensor], index: int):

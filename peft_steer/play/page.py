@@ -1,6 +1,7 @@
 """The page, by gradio. It asks nothing of any other machine: no fonts, no statistics."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import gradio as gr
 
@@ -47,7 +48,7 @@ def make_page(session: Session) -> gr.Blocks:
             code = gr.Code(language="python", interactive=False, elem_id="code")
         memory: dict = {}  # the base's last text, which the slider does not change
         inputs = [prompt, chat, adapters, scale, where, tokens, temperature, seed]
-        shared = {
+        shared: dict[str, Any] = {
             "inputs": inputs,
             "outputs": [base, steered, html, code],
             "show_progress": "minimal",
@@ -61,8 +62,8 @@ def make_page(session: Session) -> gr.Blocks:
 
         button.click(answer, **shared)
         scale.release(answer, **shared)
-        for control in (adapters, prompt.submit, where.submit):
-            (control.change if control is adapters else control)(answer, **shared)
+        for event in (adapters.change, prompt.submit, where.submit):
+            event(answer, **shared)
     return page
 
 
@@ -104,7 +105,7 @@ def respond(
 
 def launch(session: Session, host: str, port: int | None, **kwargs) -> gr.Blocks:
     """Serves the page; only this machine reaches it unless `host` says otherwise."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     page = make_page(session)
     page.launch(
         server_name=host,

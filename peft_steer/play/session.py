@@ -5,12 +5,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TextIteratorStreamer
 
-from peft_steer import JointSteerLoraModel, SteerModel, needs_prompts
+from peft_steer import JointSteerLoraConfig, JointSteerLoraModel, SteerConfig, SteerModel, needs_prompts
 from peft_steer.tuners.steer.injection import resolve_sites
 from peft_steer.tuners.steer.layer import SteerLayer
 
@@ -67,11 +68,12 @@ class Session:
 
     def _blocks(self) -> dict[str, int]:
         """The block of every steered module, by the module's name."""
-        base, found = self.model.get_base_model(), {}
+        base = self.model.get_base_model()
+        blocks: dict[str, int] = {}
         for config in self.model.peft_config.values():
-            steer = config.steer_config() if hasattr(config, "steer_config") else config
-            found |= {name: site.block.index for name, site in resolve_sites(base, steer).items()}
-        return found
+            steer = config.steer_config() if isinstance(config, JointSteerLoraConfig) else cast(SteerConfig, config)
+            blocks |= {name: site.block.index for name, site in resolve_sites(base, steer).items()}
+        return blocks
 
     # --- what acts
 
@@ -88,7 +90,7 @@ class Session:
                 with self.model.disable_adapter():
                     yield
                 return
-            tuner = self.model.base_model
+            tuner = cast(SteerModel | JointSteerLoraModel, self.model.base_model)
             tuner.set_adapter(list(settings.adapters))
             for name in settings.adapters:
                 tuner.set_scale(name, settings.scale)
@@ -128,13 +130,13 @@ class Session:
             messages = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return torch.tensor([ids], device=self.model.get_base_model().get_input_embeddings().weight.device)
+        return torch.tensor([ids], device=self.model.device)
 
     def generate(self, prompt: torch.Tensor, sampling: Sampling) -> Iterator[tuple[str, list[int]]]:
         """The text so far, again and again, and at last with its token ids. Both sides draw from the same seed."""
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         result: dict = {}
-        sampled = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampled: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
             sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
 
@@ -195,12 +197,13 @@ def load(model: str, path: str, adapters: dict[str, str], dtype: str, bits: int 
     types = {name: PeftConfig.from_pretrained(folder).peft_type.value for name, folder in adapters.items()}
     if len(set(types.values())) > 1:
         raise ValueError(f"--adapter: adapters of one type can be on one page, and these are {types}")
-    kwargs, loading = {"dtype": dtype}, f', dtype="{dtype}"'
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    loading = f', dtype="{dtype}"'
     if bits:
         options = {f"load_in_{bits}bit": True} | ({"bnb_4bit_quant_type": "nf4"} if bits == 4 else {})
         kwargs["quantization_config"] = BitsAndBytesConfig(**options)
         loading += f", quantization_config=BitsAndBytesConfig({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-    base = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    base: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if torch.cuda.is_available() and not bits:
         base = base.to("cuda")
     (first, folder), *others = adapters.items()

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from transformers import Trainer
 from trl import GRPOConfig
 
@@ -47,7 +48,7 @@ def check_followed(trainer: Trainer) -> int:
     if not getattr(trainer.args, "use_vllm", False):
         return 0
     tuner = getattr(trainer.accelerator.unwrap_model(trainer.model), "base_model", None)
-    if tuner not in following.TUNERS:
+    if not isinstance(tuner, BaseTuner) or tuner not in following.TUNERS:
         return 0
     steered = set(following.layers(tuner))
     for follower in following.followers(tuner):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import nn
+from transformers import PreTrainedModel
 
 from peft_steer.sites import select_blocks
 
@@ -45,14 +45,14 @@ class Comparison:
             raise ValueError(f"what was written is not the adapter: {self}. Nothing is kept; please report this")
 
 
-def compare(written: nn.Module, expected: torch.Tensor, base: torch.Tensor) -> Comparison:
+def compare(written: PreTrainedModel | PeftModel, expected: torch.Tensor, base: torch.Tensor) -> Comparison:
     """Compares a model that has loaded what was written with the log-probabilities of the adapter and of the base."""
     error, effect = ((x - expected).abs().max().item() for x in (log_probs(written), base))
     return Comparison(error, effect, written.dtype)
 
 
 @torch.no_grad()
-def log_probs(model: nn.Module) -> torch.Tensor:
+def log_probs(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """Of every token after every one of some random ones, `(1, tokens, vocabulary)`, as float32 or better."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size

@@ -6,27 +6,22 @@ from peft_steer.interventions.base import Intervention
 
 
 @torch.no_grad()
-def factors(edit: Intervention) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`(U, D, v)` with `dh = U D h + v`, shapes `(d, r)`, `(r, d)` and `(d,)`, in float64; `v` is None for zero.
-
-    Of `dh = M h + v`, which every kind gives. At the heads `M` is diagonal: `D` reads the entries that are not zero.
-    Elsewhere the rank `r` is that of the parameters: what `M` maps `r` random vectors to spans all that it maps
-    anything to. `U` is an orthonormal basis of it, and `D = U^T M`.
+def factors(edit: Intervention) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(U, D, v)` with `dh = U D h + v`, shapes `(d, r)`, `(r, d)` and `(d,)`, in float64.
 
     Raises:
-        ValueError: If the edit is no affine function of `h`.
+        ValueError: If the edit is not an affine function of `h`.
     """
-    affine = edit.affine()
+    affine, form = edit.affine(), edit.low_rank()
     if affine is None:
-        raise ValueError(f"{type(edit).__name__} with an activation is no affine function of the hidden state")
-    M, v = (x if x is None else x.detach().double() for x in affine)
-    if M is None:
-        return v.new_zeros(len(v), 0), v.new_zeros(0, len(v)), v
-    if torch.equal(M, M.diag().diag()):
-        D = torch.eye(len(M), dtype=M.dtype, device=M.device)[M.diag() != 0]
-        return D.t() * M.diag()[:, None], D, v
-    r = min(min(p.shape) for p in edit.parameters() if p.ndim == 2)
-    probes = torch.randn(len(M), r, generator=torch.Generator().manual_seed(0), dtype=M.dtype).to(M.device)
-    U = torch.linalg.qr(M @ probes).Q
-    U = torch.linalg.qr(M @ (M.t() @ U)).Q  # again, for the rounding in `M`
-    return U, U.t() @ M, v
+        raise ValueError(f"{type(edit).__name__} with an activation is not an affine function of the hidden state")
+    if form is not None:
+        U, D, v = form.B.double(), form.A.double(), form.v
+    else:  # an edit of heads: `M` is diagonal, and `D` reads the entries that are not zero
+        M, v = affine
+        assert M is not None
+        assert torch.equal(M, M.diag().diag())
+        diagonal = M.detach().diag().double()
+        D = torch.eye(len(M), dtype=torch.float64, device=M.device)[diagonal != 0]
+        U = D.t() * diagonal[:, None]
+    return U, D, U.new_zeros(len(U)) if v is None else v.detach().double()

@@ -50,9 +50,9 @@ def read_pyreft(folder: Path, positions: str | None, activation: str | None) -> 
     Raises:
         ValueError: If it has something that is no intervention of ours, or one of the two is not given.
     """
-    for name, value in (("positions", positions), ("activation", activation)):
-        if value is None:
-            raise ValueError(f"--{name}: pyreft's files do not say it; give what the adapter was trained with")
+    if positions is None or activation is None:
+        name = "positions" if positions is None else "activation"
+        raise ValueError(f"--{name}: pyreft's files do not say it; give what the adapter was trained with")
     config = json.loads((folder / "config.json").read_text())
     kind = _kind_of(folder, config["intervention_types"])
     f = None if activation == "none" else activation

@@ -75,7 +75,7 @@ def read_tensors(path: Path, site: str | None, layers: list[int] | None) -> Fore
         isinstance(found, dict)
         and len(found) == 1
         and isinstance(next(iter(found)), str)
-        and _is_tensor(*found.values(), ndim=2)
+        and _is_tensor(next(iter(found.values())), ndim=2)
     ):
         found = next(iter(found.values()))
     site = site or "block"

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftConfig
@@ -105,9 +106,8 @@ def read(directory: str, scale: float = 1.0) -> Adapter:
     Raises:
         ValueError: if no engine could run it; names the field and says what to do instead.
     """
-    config = PeftConfig.from_pretrained(directory)
-    joint = isinstance(config, JointSteerLoraConfig)
-    steer = config.steer_config() if joint else config
+    config = cast(SteerConfig | JointSteerLoraConfig, PeftConfig.from_pretrained(directory))
+    steer = config.steer_config() if isinstance(config, JointSteerLoraConfig) else config
     _check(directory, config, steer)
     edits: dict[str, dict[str, torch.Tensor]] = {}
     lora = {}
@@ -117,21 +117,24 @@ def read(directory: str, scale: float = 1.0) -> Adapter:
             edits.setdefault(module, {})[parameter.rpartition(".")[2]] = x
         else:
             lora[key] = x
-    forms = {}
+    hidden_size, num_blocks = cast(int, steer.hidden_size), cast(int, steer.num_blocks)  # checked: not None
+    forms, ranks = {}, steer.rank_pattern or {}
     for module, state in edits.items():
         state.pop("steps", None)  # counts for the projection of a joint adapter
-        rank = steer.rank_pattern.get(get_pattern_key(steer.rank_pattern, module), steer.r)
-        edit = KINDS[steer.kind].build(steer, steer.hidden_size, rank, dtype=torch.float32)
+        rank = ranks.get(get_pattern_key(list(ranks), module), steer.r)
+        edit = KINDS[steer.kind].build(steer, hidden_size, rank, dtype=torch.float32)
         edit.load_state_dict(state)
-        forms[module] = edit.low_rank(steer.scale * scale)
-    if joint:
+        form = edit.low_rank(steer.scale * scale)
+        assert form is not None, "checked: not an edit of heads"
+        forms[module] = form
+    if isinstance(config, JointSteerLoraConfig):
         lora = {key: _scaled(config, key, x, scale) for key, x in lora.items()}
     elif lora:
         raise ValueError(f"{directory!r} has tensors that are no edit's, such as {min(lora)!r}.")
-    return Adapter(forms, lora, steer.positions, steer.hidden_size, steer.num_blocks)
+    return Adapter(forms, lora, steer.positions, hidden_size, num_blocks)
 
 
-def _check(directory: str, config: PeftConfig, steer: SteerConfig) -> None:
+def _check(directory: str, config: SteerConfig | JointSteerLoraConfig, steer: SteerConfig) -> None:
     def refuse(field: str, why: str) -> None:
         raise ValueError(f"{directory!r} cannot be served by vLLM: {field}: {why}. Use transformers for it.")
 
@@ -157,6 +160,7 @@ def _scaled(config: JointSteerLoraConfig, key: str, x: torch.Tensor, scale: floa
     if ".lora_B." not in key:
         return x.float().contiguous()
     module = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), module), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
     return (x.float() * (scale * alpha / (rank**0.5 if config.use_rslora else rank))).contiguous()

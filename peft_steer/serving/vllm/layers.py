@@ -26,6 +26,11 @@ class Edit(nn.Module):
     They are buffers that are not saved, so that a checkpoint's weights are complete without them.
     """
 
+    A: torch.Tensor | None
+    B: torch.Tensor
+    c: torch.Tensor | None
+    v: torch.Tensor | None
+
     def __init__(self, d: int, like: LowRankForm):
         super().__init__()
         self.runs = [(CODES[name], len(list(units))) for name, units in itertools.groupby(like.activations)]
@@ -46,6 +51,7 @@ class Edit(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         if self.A is None:
+            assert self.v is not None  # rank 0 is a fixed vector
             return self.v.expand_as(h)
         z = F.linear(h, self.A, self.c)
         if any(code for code, _ in self.runs):

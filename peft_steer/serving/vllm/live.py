@@ -10,9 +10,10 @@ The server is started with a saved adapter, which may be untrained: it gives the
     trainer.train()
 """
 
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
 
 from peft_steer.tuners.steer import following
 
@@ -39,7 +40,7 @@ def follow_server(model: PeftModel, client: Any) -> following.Follower:
             "The vLLM server does not steer. Save the adapter, and start the server with "
             '--additional-config \'{"peft_steer": {"adapter": "DIR"}}\', where peft-steer is installed.'
         )
-    tuner = model.base_model
+    tuner = cast(BaseTuner, model.base_model)
     forms = following.forms(tuner)
     config = model.peft_config[model.active_adapter]
     mine = {name: list(x.shape) for name, x in get_peft_model_state_dict(model).items()}

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -99,7 +99,7 @@ class Steering:
         hf = config.model_config.hf_text_config
         self.hidden_size, self.num_blocks = hf.hidden_size, hf.num_hidden_layers
         self.prefix_caching = bool(config.cache_config.enable_prefix_caching)
-        self.places = Places(model, type(model).peft_steer_architecture)
+        self.places = Places(model, cast(Any, model).peft_steer_architecture)
         self.edits: dict[str, Edit] = {}
         self.sites: list[str] = []
         self.follower: following.Follower | None = None

@@ -56,7 +56,7 @@ class Places:
         module.__class__ = _steered(type(module), _FORWARDS[self.convention if name in self.blocks else "module"])
 
 
-def _deferred(base: type) -> Callable:
+def _deferred(base: type[nn.Module]) -> Callable:
     def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         out, residual = base.forward(self, *args, **kwargs)
         h = out + residual
@@ -65,7 +65,7 @@ def _deferred(base: type) -> Callable:
     return forward
 
 
-def _full(base: type) -> Callable:
+def _full(base: type[nn.Module]) -> Callable:
     def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         h, rest = base.forward(self, *args, **kwargs)
         return h + self.steering(h), rest
@@ -73,7 +73,7 @@ def _full(base: type) -> Callable:
     return forward
 
 
-def _tensor(base: type) -> Callable:
+def _tensor(base: type[nn.Module]) -> Callable:
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         h = base.forward(self, *args, **kwargs)
         return h + self.steering(h)
@@ -81,7 +81,7 @@ def _tensor(base: type) -> Callable:
     return forward
 
 
-def _module(base: type) -> Callable:
+def _module(base: type[nn.Module]) -> Callable:
     """Of a module inside a block, which returns a tensor or, if it is a linear layer, its bias beside it."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ _FORWARDS = {"deferred": _deferred, "full": _full, "tensor": _tensor, "module": 
 _classes: dict[tuple[type, Callable], type] = {}
 
 
-def _steered(base: type, make_forward: Callable) -> type:
+def _steered(base: type[nn.Module], make_forward: Callable) -> type:
     """The subclass of `base` that adds the edit, under the name of `base`: vLLM looks for the source of classes."""
     if (base, make_forward) not in _classes:
         members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "forward": make_forward(base)}

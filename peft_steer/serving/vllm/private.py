@@ -16,6 +16,9 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
 
+_OURS = "is_ours"  # the mark of what has been replaced already
+
+
 def rename(model: nn.Module) -> Callable[[str], str]:
     """The map from transformers' names of modules to those of a model of vLLM."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -44,13 +47,13 @@ def add_lora_layer(layer: type[BaseLinearLayerWithLoRA]) -> None:
 def wrap_loading(load: Callable[[WorkerLoRAManager, Any], LoRAModel | None]) -> None:
     """Have `load(manager, request)` make what a LoRA request names; where it returns None, vLLM does."""
     original = WorkerLoRAManager._load_adapter
-    if getattr(original, "is_ours", False):
+    if getattr(original, _OURS, False):
         return
 
     def _load_adapter(self: WorkerLoRAManager, lora_request: Any) -> LoRAModel:
         return load(self, lora_request) or original(self, lora_request)
 
-    _load_adapter.is_ours = True
+    setattr(_load_adapter, _OURS, True)
     WorkerLoRAManager._load_adapter = _load_adapter
 
 
@@ -91,7 +94,7 @@ def wrap_token_mapping(select: Callable[[Any, int, int, int], Iterable[bool] | N
     """Have `select(request, first, n, prompt_length)` say which of the next `n` tokens, from index `first` on, the
     adapter of a LoRA request acts on; None for all of them. The request's adapter may not be loaded yet."""
     original = InputBatch.make_lora_inputs
-    if getattr(original, "is_ours", False):
+    if getattr(original, _OURS, False):
         return
 
     def make_lora_inputs(self: InputBatch, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
@@ -107,7 +110,7 @@ def wrap_token_mapping(select: Callable[[Any, int, int, int], Iterable[bool] | N
             start += n
         return prompts, tuple(chosen), requests
 
-    make_lora_inputs.is_ours = True
+    setattr(make_lora_inputs, _OURS, True)
     InputBatch.make_lora_inputs = make_lora_inputs
 
 
@@ -117,7 +120,7 @@ def keep_to_slots() -> None:
     for module in (lora_ops, punica_cpu):  # the second imported them from the first
         for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
             operation = getattr(module, name)
-            if not getattr(operation, "is_ours", False):
+            if not getattr(operation, _OURS, False):
                 setattr(module, name, _masked(operation))
 
 
@@ -127,5 +130,5 @@ def _masked(operation: Callable) -> Callable:
     def masked(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, slots: torch.Tensor, *args: Any, **kwargs: Any):
         operation(x.masked_fill((slots < 0)[:, None], 0), w, out, slots, *args, **kwargs)
 
-    masked.is_ours = True
+    setattr(masked, _OURS, True)
     return masked
