@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from peft_steer.sites import select_blocks

@@ -4,15 +4,15 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
-from peft import PeftConfig, PeftModel
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import peft_steer  # noqa: F401  (registers the tuner types)
+from peft_steer import JointSteerLoraModel, SteerModel
 from peft_steer.serving.words import describe_vectors
-from peft_steer.utils.errors import usage_errors
+from peft_steer.utils.errors import UsageError, usage_errors
 from peft_steer.utils.hub import find_model
 
 from .check import acting, compare, log_probs, without_adapter
@@ -29,16 +29,19 @@ def export(args: argparse.Namespace) -> None:
     """Runs the command; see `peft_steer/commands/export.py` for the arguments.
 
     Raises:
-        ValueError, OSError: If the adapter cannot be exported, or what was written differs from it.
+        UsageError: If the adapter cannot be exported.
+        ValueError: If what was written differs from it.
     """
-    config = PeftConfig.from_pretrained(args.adapter)
+    with usage_errors():
+        config = PeftConfig.from_pretrained(args.adapter)
     name = args.base or config.base_model_name_or_path
     if not name:
-        raise ValueError("--base: the adapter does not name its base model")
+        raise UsageError("--base: the adapter does not name its base model")
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"the adapter has task_type={config.task_type!r}, and engines serve language models")
-    _CHECKS[args.format](config)
-    base = find_model(name).path
+        raise UsageError(f"the adapter has task_type={config.task_type!r}, and engines serve language models")
+    with usage_errors():
+        _CHECKS[args.format](config)
+        base = find_model(name).path
     with usage_errors(f"--base: {name!r} cannot be loaded: "):
         AutoConfig.from_pretrained(base)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -53,15 +56,16 @@ def export(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace, base: str, weights: bool = True) -> PeftModel:
     """The adapter on its base; without `weights`, on one that has shapes alone."""
-    if weights:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype)
-    else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    adapted = PeftModel.from_pretrained(model, args.adapter, low_cpu_mem_usage=not weights).eval()
+    with usage_errors():
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype)
+        else:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        adapted = PeftModel.from_pretrained(model, args.adapter, low_cpu_mem_usage=not weights).eval()
     if args.scale is not None:
-        if not hasattr(adapted.base_model, "set_scale"):
-            raise ValueError(f"--scale: {args.adapter} is no steering adapter")
+        if not isinstance(adapted.base_model, (SteerModel, JointSteerLoraModel)):
+            raise UsageError(f"--scale: {args.adapter} is not a steering adapter")
         adapted.base_model.set_scale("default", args.scale)
     return adapted
 
@@ -69,27 +73,29 @@ def load(args: argparse.Namespace, base: str, weights: bool = True) -> PeftModel
 def _vector(args: argparse.Namespace, config: PeftConfig, base: str, path: Path) -> None:
     at_mlp = "mlp" in getattr(config, "sites", ())  # whether that is the block's output is tried with the weights
     model = load(args, base, weights=at_mlp)
-    vectors = export_gguf_vector(model, path, drop_block_0=args.drop_block_0, architecture=args.architecture)
+    with usage_errors():  # what llama.cpp cannot run
+        vectors = export_gguf_vector(model, path, drop_block_0=args.drop_block_0, architecture=args.architecture)
     print(f"Control vector of {describe_vectors(vectors)}. Read back: equal.")
 
 
 def _lora(args: argparse.Namespace, config: PeftConfig, base: str, folder: Path) -> None:
     model = load(args, base)
     expected, plain = log_probs(model), without_adapter(model)
-    export_lora(model, folder, constants=args.constants, drop_block_0=args.drop_block_0)
+    with usage_errors():  # what is not a LoRA
+        export_lora(model, folder, constants=args.constants, drop_block_0=args.drop_block_0)
     lora = PeftModel.from_pretrained(model.unload(), folder).eval()
     file = folder / CONTROL_VECTOR
     vectors = read_control_vector(file) if file.is_file() else {}
     with acting(vectors, lora.get_base_model()):
-        found = compare(lora, expected, plain)
-    print(f"Loaded by PEFT{f' with {CONTROL_VECTOR}' if vectors else ''}: {found}.")
+        comparison = compare(lora, expected, plain)
+    print(f"Loaded by PEFT{f' with {CONTROL_VECTOR}' if vectors else ''}: {comparison}.")
     if args.constants == "drop":
         print("The constants are left out: this is another model than the adapter, and nothing says how good it is.")
     elif args.drop_block_0:
         print("Without block 0's constant this is another model than the adapter.")
     else:
-        found.check()
-    rank = lora.peft_config["default"].r
+        comparison.check()
+    rank = cast(LoraConfig, lora.peft_config["default"]).r
     print(
         f"Rank {rank}; vLLM needs --max-lora-rank {rank} or more. The file holds products with the base's weights as "
         "they were loaded here, so an engine that serves a quantized base is not exact."
@@ -104,10 +110,11 @@ def _merged(args: argparse.Namespace, config: PeftConfig, base: str, folder: Pat
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = load(args, base)
     expected, plain = log_probs(model), without_adapter(model)
-    export_merged(model, folder)
+    with usage_errors():  # what does not merge
+        export_merged(model, folder)
     del model
     tokenizer.save_pretrained(folder)
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).eval()
-    found = compare(loaded, expected, plain)
-    print(f"Loaded by transformers: {found}.")
-    found.check()
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).eval()
+    comparison = compare(loaded, expected, plain)
+    print(f"Loaded by transformers: {comparison}.")
+    comparison.check()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from peft_steer.interventions.base import Intervention
@@ -35,7 +35,7 @@ def edits_of(model: PeftModel, adapter_name: str = "default") -> list[Edit]:
     """The edits of an adapter, in the order of the blocks.
 
     Raises:
-        ValueError: If it has parts that are no edit of every token: LoRA, `modules_to_save`, `positions`.
+        ValueError: If not all of it is an edit of every token: LoRA, `modules_to_save`, `positions`.
     """
     config = steer_config(model, adapter_name)
     base = model.get_base_model()
@@ -65,7 +65,7 @@ def check_config(config: PeftConfig) -> SteerConfig:
     """
     if not isinstance(config, SteerConfig):
         raise ValueError(
-            f"the adapter is of type {config.peft_type.value}, and only steering adapters (STEER) can be "
+            f"the adapter is of type {PeftType(config.peft_type).value}, and only steering adapters (STEER) can be "
             "exported. An ordinary LoRA adapter needs no export; a joint adapter is LoRA and steering together, for "
             "which no other engine has a file. vLLM with peft-steer's plugin serves it."
         )

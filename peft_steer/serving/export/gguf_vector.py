@@ -1,17 +1,20 @@
 """Fixed vectors as llama.cpp's control vector: a GGUF file with one float32 tensor `direction.N` for each block `N`.
 
 llama.cpp adds `direction.N` to the output of block `N` (counted from 0) at every token, as `site="block"` does. It
-has no place for block 0, and a file with a tensor that it does not expect is no error there: it writes one line to its
-log and serves the base. So what is written here is read back.
+has no place for block 0. A tensor that it does not expect is not an error: it writes a line to its log and serves the
+base. So what is written here is read back.
 """
 
 from pathlib import Path
+from typing import cast
 
 import gguf
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
+from peft_steer.interventions.low_rank import FixedVector
 from peft_steer.tuners.steer.merging.plan import arrives_unchanged
 
 from .edits import check_config, check_on_cpu_or_gpu, edits_of, steer_config
@@ -62,12 +65,13 @@ def export_gguf_vector(
         What the file adds, float32 `(d,)`, by block.
 
     Raises:
-        ValueError: If the adapter is no vector at `"block"` or `"mlp"`, steers block 0, or has a base whose
+        ValueError: If the adapter is not a vector at `"block"` or `"mlp"`, steers block 0, or has a base whose
             architecture llama.cpp does not steer.
     """
     check_vector(steer_config(model, adapter_name))
     hint = architecture or _architecture(model)
-    base, vectors = model.get_base_model(), {}
+    base = model.get_base_model()
+    vectors: dict[int, torch.Tensor] = {}
     for edit in edits_of(model, adapter_name):
         if edit.site == "mlp":
             site = base.get_submodule(edit.name)
@@ -77,8 +81,8 @@ def export_gguf_vector(
                     f"what {edit.name!r} returns is scaled or normalized before the block's output, so a vector there "
                     "is no control vector. Train with site='block'."
                 )
-        v = edit.scale * edit.module.v.detach().cpu().float()
-        vectors[edit.block.index] = vectors.get(edit.block.index, 0) + v
+        v = edit.scale * cast(FixedVector, edit.module).v.detach().cpu().float()
+        vectors[edit.block.index] = v + vectors.get(edit.block.index, torch.zeros_like(v))
     write_control_vector(path, vectors, hint, drop_block_0)
     return read_control_vector(path)
 
@@ -165,7 +169,7 @@ def how_to_run(path: str | Path, flags: str = "") -> str:
 
 
 def _architecture(model: PeftModel) -> str:
-    model_type = model.get_base_model().config.get_text_config().model_type
+    model_type = cast(PreTrainedModel, model.get_base_model()).config.get_text_config().model_type
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"whether llama.cpp steers the architecture {model_type!r} is not known here; known are "

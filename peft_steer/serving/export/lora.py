@@ -10,12 +10,13 @@ some engines ignore `rank_pattern`.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from peft_steer.tuners.steer.merging.plan import plan_merge
 
@@ -57,14 +58,15 @@ def export_lora(
         What is added to each linear layer, by its name.
 
     Raises:
-        ValueError: If an edit is no LoRA, or has a constant and `constants` does not say what becomes of it.
+        ValueError: If an edit is not a LoRA, or has a constant and `constants` does not say what becomes of it.
     """
-    check_lora(steer_config(model, adapter_name))
+    config = steer_config(model, adapter_name)
+    check_lora(config)
     edits = {edit.name: edit for edit in edits_of(model, adapter_name)}
-    base = model.get_base_model()
+    base = cast(PreTrainedModel, model.get_base_model())
     names = {id(module): name for name, module in base.named_modules()}
     try:
-        plan = plan_merge(base, model.peft_config, [adapter_name])
+        plan = plan_merge(base, {adapter_name: config}, [adapter_name])
     except ValueError as error:
         raise ValueError(f"as LoRA, an edit has to be a change of one linear layer: {error}") from error
     pairs, blocks = {}, {}
@@ -87,10 +89,10 @@ def export_lora(
 @torch.no_grad()
 def pair_of(edit: Edit, linear: nn.Module) -> Pair:
     """The edit of `linear`'s output (at the heads: of its input) as what LoRA adds to it."""
-    W = linear.weight.double() if isinstance(linear, nn.Linear) else linear.weight.double().t()
-    b0 = W.new_zeros(len(W)) if linear.bias is None else linear.bias.double()
-    U, D, v = (None if x is None else x.to(W) for x in factors(edit.module))
-    v = U.new_zeros(len(U)) if v is None else v
+    weight, bias = cast(nn.Linear, linear).weight.double(), cast(nn.Linear, linear).bias
+    W = weight if isinstance(linear, nn.Linear) else weight.t()  # a Conv1D has it transposed
+    b0 = W.new_zeros(len(W)) if bias is None else bias.double()
+    U, D, v = (x.to(W) for x in factors(edit.module))
     if edit.site == "heads":
         A, B, c = D, W @ U, W @ v
     else:
@@ -118,7 +120,7 @@ def _check_constants(
     constants: str | None, has_constants: list[str], pairs: dict[str, Pair], edits: dict[str, Edit]
 ) -> None:
     if constants not in (None, *CONSTANTS):
-        raise ValueError(f"constants={constants!r} is none of {', '.join(map(repr, CONSTANTS))}")
+        raise ValueError(f"constants={constants!r} must be one of {', '.join(map(repr, CONSTANTS))}")
     if not has_constants:
         return
     if constants is None:
@@ -140,7 +142,7 @@ def _check_constants(
             )
 
 
-def _write(folder: Path, pairs: dict[str, Pair], base: nn.Module, with_bias: bool) -> None:
+def _write(folder: Path, pairs: dict[str, Pair], base: PreTrainedModel, with_bias: bool) -> None:
     r = max(1, *(len(pair.A) for pair in pairs.values()))
     tensors = {}
     for name, pair in pairs.items():
@@ -160,7 +162,7 @@ def _write(folder: Path, pairs: dict[str, Pair], base: nn.Module, with_bias: boo
         base_model_name_or_path=base.name_or_path,
         inference_mode=True,
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -3,6 +3,7 @@
 import copy
 from itertools import combinations
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -26,7 +27,7 @@ def export_merged(model: PeftModel, folder: str | Path, adapter_name: str = "def
     """
     config = steer_config(model, adapter_name)
     try:
-        merged = model.merge_and_unload(adapter_names=[adapter_name])
+        merged: Any = cast(Any, model).merge_and_unload(adapter_names=[adapter_name])
     except ValueError as error:
         raise ValueError(f"{error} {who_runs_it(config)}") from error
     make_room_for_biases(merged)
@@ -51,7 +52,7 @@ def make_room_for_biases(model: nn.Module) -> None:
             missing = expected - names
             if names <= expected and all(name.endswith(".bias") for name in missing):
                 for name in missing:
-                    linear = model.get_submodule(name.removesuffix(".bias"))
+                    linear = cast(nn.Linear, model.get_submodule(name.removesuffix(".bias")))
                     linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
                 for flag in chosen:
                     setattr(model.config, flag, True)
