@@ -11,6 +11,8 @@ merged models are loaded again and compared with the adapter.
 import argparse
 from pathlib import Path
 
+from peft_steer.utils.errors import UsageError
+
 from .parsing import make_parser, run
 
 
@@ -48,11 +50,11 @@ def main(argv: list[str]) -> int:
 def _export(args: argparse.Namespace) -> None:
     for name, formats in _OF.items():
         if getattr(args, name) and args.format not in formats:
-            raise ValueError(f"--{name.replace('_', '-')} is for --format {' and '.join(formats)}, not {args.format}")
+            raise UsageError(f"--{name.replace('_', '-')} is for --format {' and '.join(formats)}, not {args.format}")
     if args.drop_block_0 and args.format == "lora" and args.constants != "vector":
-        raise ValueError("--drop-block-0 needs --constants vector with --format lora: only a control vector drops it")
+        raise UsageError("--drop-block-0 needs --constants vector with --format lora: only a control vector drops it")
     if args.output.exists():
-        raise FileExistsError(f"--output: {str(args.output)!r} exists; name another")
+        raise UsageError(f"--output: {str(args.output)!r} exists; name another")
     from peft_steer.serving.export import command
 
     command.export(args)

@@ -15,6 +15,8 @@ The result is an ordinary adapter of kind "vector".
 import argparse
 from pathlib import Path
 
+from peft_steer.utils.errors import UsageError
+
 from .parsing import make_parser, run
 
 
@@ -62,19 +64,19 @@ def main(argv: list[str]) -> int:
 
 def _extract(args: argparse.Namespace) -> None:
     if args.output.exists():
-        raise FileExistsError(f"--output: {str(args.output)!r} exists; name another")
+        raise UsageError(f"--output: {str(args.output)!r} exists; name another")
     systems = {"--positive-system": args.positive_system, "--negative-system": args.negative_system}
     by_systems = {**systems, "--questions": args.questions}
     given = [name for name, value in by_systems.items() if value is not None]
     if bool(args.pairs) == bool(given):
-        raise ValueError("give either --pairs, or --positive-system, --negative-system and --questions")
+        raise UsageError("give either --pairs, or --positive-system, --negative-system and --questions")
     if given and len(given) < len(by_systems):
         missing = [name for name in by_systems if name not in given]
-        raise ValueError(f"{missing[0]} is missing: {given[0]} needs {' and '.join(missing)}")
+        raise UsageError(f"{missing[0]} is missing: {given[0]} needs {' and '.join(missing)}")
     of_pairs = {"split": "train", "positive_column": "positive", "negative_column": "negative"}
     for name, default in of_pairs.items():
         if given and getattr(args, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')} is for --pairs")
+            raise UsageError(f"--{name.replace('_', '-')} is for --pairs")
     for name, value, ok, needs in (
         ("held-out", args.held_out, 0 <= args.held_out < 1, "be at least 0 and below 1"),
         ("batch-size", args.batch_size, args.batch_size >= 1, "be at least 1"),
@@ -85,7 +87,7 @@ def _extract(args: argparse.Namespace) -> None:
         ("load-in-8bit", True, not (args.load_in_4bit and args.load_in_8bit), "come without --load-in-4bit"),
     ):
         if not ok:
-            raise ValueError(f"--{name} is {value}, it must {needs}")
+            raise UsageError(f"--{name} is {value}, it must {needs}")
     from peft_steer.extraction import command
 
     command.extract(args)

@@ -11,6 +11,8 @@ unpickled. Of the base only the shapes are needed.
 import argparse
 from pathlib import Path
 
+from peft_steer.utils.errors import UsageError
+
 from .parsing import make_parser, run
 
 
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 def _import(args: argparse.Namespace) -> None:
     if args.output.exists():
-        raise FileExistsError(f"--output: {str(args.output)!r} exists; name another")
+        raise UsageError(f"--output: {str(args.output)!r} exists; name another")
     from peft_steer.serving.imports import command
 
     command.import_adapter(args)

@@ -1,10 +1,11 @@
-"""How a command runs: arguments are parsed before anything heavy is imported, and a user's mistake is one line."""
+"""How a command runs: arguments are parsed before anything heavy is imported."""
 
 import argparse
 import logging
-import sys
 import warnings
 from collections.abc import Callable
+
+from peft_steer.utils.errors import UsageError
 
 
 # What installs a module that a command needs.
@@ -15,7 +16,10 @@ def run(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], 
     """Parses `argv` and runs `action`, which imports what it needs.
 
     Returns:
-        0, or 2 if it raised `ValueError` or `OSError`, or needs a module that is not there. The message is printed.
+        0.
+
+    Raises:
+        UsageError: If `action` needs a module that is not installed.
     """
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
@@ -31,11 +35,7 @@ def run(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], 
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        print(f"{parser.prog}: {error}: pip install 'peft-steer[{_EXTRAS[error.name]}]'", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(f"{error}: pip install 'peft-steer[{_EXTRAS[error.name]}]'") from error
     finally:
         logger.setLevel(level)
     return 0

@@ -9,6 +9,8 @@ be copied as code. Only this machine reaches the page, unless --host says otherw
 
 import argparse
 
+from peft_steer.utils.errors import UsageError
+
 from .parsing import make_parser, run
 
 
@@ -31,12 +33,12 @@ def _play(args: argparse.Namespace) -> None:
     for word in args.adapter:
         name, separator, folder = word.partition("=")
         if not separator or not name or not folder:
-            raise ValueError(f"--adapter {word}: write NAME=DIR")
+            raise UsageError(f"--adapter {word}: write NAME=DIR")
         if name in args.adapters:
-            raise ValueError(f"--adapter {word}: there are two adapters {name!r}")
+            raise UsageError(f"--adapter {word}: there are two adapters {name!r}")
         args.adapters[name] = folder
     if args.load_in_4bit and args.load_in_8bit:
-        raise ValueError("--load-in-8bit contradicts --load-in-4bit")
+        raise UsageError("--load-in-8bit contradicts --load-in-4bit")
     from peft_steer.play import command
 
     command.play(args)

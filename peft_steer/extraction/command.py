@@ -34,15 +34,17 @@ def extract(args: argparse.Namespace) -> None:
     """Runs the command; see `peft_steer/commands/extract.py` for the arguments.
 
     Raises:
-        ValueError, OSError: If the arguments cannot be used as given.
+        UsageError: If the arguments cannot be used as given.
     """
-    task = _task(args)
-    source = find_model(args.model)
+    with usage_errors():
+        task = _task(args)
+        source = find_model(args.model)
     with usage_errors(f"--model: {args.model!r} cannot be loaded: "):
         AutoConfig.from_pretrained(source.path)
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
-    used, held_out = _pairs(args, tokenizer)
-    model = _model(args, source.path)
+    with usage_errors():
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+        used, held_out = _pairs(args, tokenizer)
+        model = _model(args, source.path)
     blocks = _set_vectors(model, used, held_out, args)
     print(_table(blocks))
     found = []
@@ -128,7 +130,8 @@ def _set_vectors(
     blocks = []
     for name, (positive, negative) in states.items():
         (p, p_out), (n, n_out) = (x.split([len(used), len(held_out)]) for x in (positive, negative))
-        v = with_norm(direction(p, n, args.method), args.norm, torch.cat([p, n]))
+        with usage_errors(f"block {places[name][0].index}: "):
+            v = with_norm(direction(p, n, args.method), args.norm, torch.cat([p, n]))
         set_vector(model, name, v)
         blocks.append(report(places[name][0].index, v, p, n, (p_out, n_out), args.seed))
     return blocks

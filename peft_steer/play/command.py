@@ -17,5 +17,7 @@ def play(args: argparse.Namespace) -> None:
     path = find_model(args.model).path
     with usage_errors(f"--model: {args.model!r} cannot be loaded: "):
         AutoConfig.from_pretrained(path)
-    session = load(args.model, path, args.adapters, args.dtype, bits)
-    launch(session, args.host, args.port)
+    with usage_errors():
+        session = load(args.model, path, args.adapters, args.dtype, bits)
+    with usage_errors(kinds=(OSError,)):  # a port that is taken
+        launch(session, args.host, args.port)

@@ -1,31 +1,21 @@
-"""How a command ends: 0, or 2 with one line about the user's mistake or about what is not installed."""
+"""What a command's parser and its action become: errors that are the user's, and those that are not."""
 
 import pytest
 
 from peft_steer.commands.parsing import make_parser, run
+from peft_steer.utils.errors import UsageError
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (ValueError("--r is 0"), "peft-steer x: --r is 0\n"),
-        (FileNotFoundError("no file 'a'"), "peft-steer x: no file 'a'\n"),
-        (
-            ModuleNotFoundError("No module named 'gradio'", name="gradio"),
-            "peft-steer x: No module named 'gradio': pip install 'peft-steer[play]'\n",
-        ),
-    ],
-)
-def test_a_mistake_is_one_line(error, message, capsys):
+def test_what_is_not_installed():
     def action(args):
-        raise error
+        raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
 
-    assert run(make_parser("x", "what it does"), action, []) == 2
-    assert capsys.readouterr().err == message
+    with pytest.raises(UsageError, match=r"^No module named 'gradio': pip install 'peft-steer\[play\]'$"):
+        run(make_parser("x", "what it does"), action, [])
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("No module named 'x'", name="x")])
-def test_anything_else_is_a_bug_and_shown_as_one(error):
+@pytest.mark.parametrize("error", [ValueError("a bug"), ModuleNotFoundError("No module named 'x'", name="x")])
+def test_anything_else_keeps_its_traceback(error):
     def action(args):
         raise error
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from command_line import peft_steer
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_steer import SteerConfig
-from peft_steer.commands.extract import main
 from peft_steer.extraction import initialize_vectors
 
 
@@ -102,7 +102,7 @@ def pairs(tmp_path):
 def test_command(pairs, tiny_llama, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--model", tiny_llama, "--pairs", pairs, "--layers", "1", "-o", str(out), "--scale", "0.5"]
-    assert main([*flags, "--scales", "-4", "0", "4"]) == 0
+    assert peft_steer("extract", *flags, "--scales", "-4", "0", "4") == 0
     facts = json.loads((out / "extract.json").read_text())
     assert facts["pairs"] == {"used": 12, "held_out": 4}
     assert [block["block"] for block in facts["blocks"]] == [1]
@@ -175,6 +175,6 @@ def test_system_prompts(tiny_llama, tmp_path):
 )
 def test_command_refuses(flags, message, pairs, tiny_llama, tmp_path, capsys):
     flags = [pairs if word == "PAIRS" else word for word in flags]
-    assert main(["--model", tiny_llama, "-o", str(tmp_path / "out"), *flags]) == 2
+    assert peft_steer("extract", "--model", tiny_llama, "-o", tmp_path / "out", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

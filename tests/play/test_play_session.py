@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from command_line import peft_steer
 from peft import PeftModel, get_peft_model
 from tiny import joint_config, randomize
 from transformers import AutoModelForCausalLM
 
 from peft_steer import SteerConfig
-from peft_steer.commands.play import main
 from peft_steer.play.page import respond
 from peft_steer.play.render import as_code
 from peft_steer.play.session import Sampling, Settings, load, parse_blocks
@@ -188,7 +188,7 @@ def test_command_refuses(flags, message, folder, tiny_llama, capsys):
     paths = {"VECTOR": folder("vector"), "JOINT": folder("joint")}
     for name, path in paths.items():
         flags = [flag.replace(name, path) for flag in flags]
-    assert main(["--model", tiny_llama, *flags]) == 2
+    assert peft_steer("play", "--model", tiny_llama, *flags) == 2
     assert message in capsys.readouterr().err
 
 

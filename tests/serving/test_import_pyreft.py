@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import peft_steer
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
-
-from peft_steer.commands.import_ import main as import_
 
 
 D, R = 32, 3
@@ -104,7 +103,7 @@ def check(model_dir, folder, expected):
 
 
 def run_import(model_dir, tmp_path, *flags):
-    return import_([str(tmp_path / "reft"), "-o", str(tmp_path / "a"), "--base", model_dir, *flags])
+    return peft_steer("import", tmp_path / "reft", "-o", tmp_path / "a", "--base", model_dir, *flags)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,10 @@ import pickle
 import gguf
 import pytest
 import torch
+from command_line import peft_steer
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-
-from peft_steer.commands.export import main as export
-from peft_steer.commands.import_ import main as import_
 
 
 D, BLOCKS = 32, 2  # of `tiny_llama`
@@ -61,7 +59,7 @@ def write_gguf(path, tensors):
 def test_control_vector(tiny_llama, tmp_path):
     v = random(D)
     write_gguf(tmp_path / "v.gguf", {1: v})
-    assert import_([str(tmp_path / "v.gguf"), "-o", str(tmp_path / "a"), "--base", tiny_llama]) == 0
+    assert peft_steer("import", tmp_path / "v.gguf", "-o", tmp_path / "a", "--base", tiny_llama) == 0
     check(tiny_llama, tmp_path / "a", {1: v})
 
 
@@ -69,10 +67,10 @@ def test_control_vector(tiny_llama, tmp_path):
 def test_export_import_export_is_bit_equal(scale, tiny_llama, tmp_path):
     write_gguf(tmp_path / "v.gguf", {1: random(D)})
     into = [str(tmp_path / "v.gguf"), "-o", str(tmp_path / "a"), "--base", tiny_llama, "--scale", str(scale)]
-    assert import_(into) == 0
-    assert export([str(tmp_path / "a"), "--format", "gguf-vector", "-o", str(tmp_path / "1.gguf")]) == 0
-    assert import_([str(tmp_path / "1.gguf"), "-o", str(tmp_path / "b"), "--base", tiny_llama]) == 0
-    assert export([str(tmp_path / "b"), "--format", "gguf-vector", "-o", str(tmp_path / "2.gguf")]) == 0
+    assert peft_steer("import", *into) == 0
+    assert peft_steer("export", tmp_path / "a", "--format", "gguf-vector", "-o", tmp_path / "1.gguf") == 0
+    assert peft_steer("import", tmp_path / "1.gguf", "-o", tmp_path / "b", "--base", tiny_llama) == 0
+    assert peft_steer("export", tmp_path / "b", "--format", "gguf-vector", "-o", tmp_path / "2.gguf") == 0
     first, second = ((tmp_path / f"{n}.gguf").read_bytes() for n in (1, 2))
     assert first == second
     assert (first == (tmp_path / "v.gguf").read_bytes()) is (scale == 1)
@@ -96,21 +94,21 @@ FILES = {
 def test_tensors(name, tiny_llama, tmp_path):
     saved, flags, add = FILES[name]
     torch.save(saved, tmp_path / "v.pt")
-    assert import_([str(tmp_path / "v.pt"), "-o", str(tmp_path / "a"), "--base", tiny_llama, *flags]) == 0
+    assert peft_steer("import", tmp_path / "v.pt", "-o", tmp_path / "a", "--base", tiny_llama, *flags) == 0
     check(tiny_llama, tmp_path / "a", add)
 
 
 @pytest.mark.parametrize(("layer_type", "place"), [("decoder_block", ""), ("self_attn", "self_attn"), ("mlp", "mlp")])
 def test_steering_vectors_state(layer_type, place, tiny_llama, tmp_path):
     torch.save({"layer_activations": {0: VECTOR, 1: -VECTOR}, "layer_type": layer_type}, tmp_path / "v.pt")
-    assert import_([str(tmp_path / "v.pt"), "-o", str(tmp_path / "a"), "--base", tiny_llama]) == 0
+    assert peft_steer("import", tmp_path / "v.pt", "-o", tmp_path / "a", "--base", tiny_llama) == 0
     check(tiny_llama, tmp_path / "a", {0: VECTOR, 1: -VECTOR}, place)
 
 
 def test_safetensors(tiny_llama, tmp_path):
     save_file({"1": VECTOR}, tmp_path / "v.safetensors")
     flags = ["--base", tiny_llama, "--site", "mlp"]
-    assert import_([str(tmp_path / "v.safetensors"), "-o", str(tmp_path / "a"), *flags]) == 0
+    assert peft_steer("import", tmp_path / "v.safetensors", "-o", tmp_path / "a", *flags) == 0
     check(tiny_llama, tmp_path / "a", {1: VECTOR}, "mlp")
 
 
@@ -127,7 +125,7 @@ class Evil:
 @pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
 def test_nothing_is_unpickled(write, tiny_llama, tmp_path, capsys):
     write(Evil(tmp_path / "was_here"), tmp_path / "v.pt")
-    assert import_([str(tmp_path / "v.pt"), "-o", str(tmp_path / "a"), "--base", tiny_llama]) == 2
+    assert peft_steer("import", tmp_path / "v.pt", "-o", tmp_path / "a", "--base", tiny_llama) == 2
     assert "would run code of the file" in capsys.readouterr().err
     assert not (tmp_path / "was_here").exists()
     assert not (tmp_path / "a").exists()
@@ -154,7 +152,7 @@ def test_nothing_is_unpickled(write, tiny_llama, tmp_path, capsys):
 )
 def test_refused(saved, flags, message, tiny_llama, tmp_path, capsys):
     torch.save(saved, tmp_path / "v.pt")
-    assert import_([str(tmp_path / "v.pt"), "-o", str(tmp_path / "a"), "--base", tiny_llama, *flags]) == 2
+    assert peft_steer("import", tmp_path / "v.pt", "-o", tmp_path / "a", "--base", tiny_llama, *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
@@ -163,7 +161,7 @@ def test_refused(saved, flags, message, tiny_llama, tmp_path, capsys):
 @pytest.mark.parametrize("ending", ["pt", "bin", "safetensors", "gguf"])
 def test_damaged_files(ending, content, tiny_llama, tmp_path, capsys):
     (tmp_path / f"v.{ending}").write_bytes(content)
-    assert import_([str(tmp_path / f"v.{ending}"), "-o", str(tmp_path / "a"), "--base", tiny_llama]) == 2
+    assert peft_steer("import", tmp_path / f"v.{ending}", "-o", tmp_path / "a", "--base", tiny_llama) == 2
     message = capsys.readouterr().err
     assert "no file of tensors" in message or "no GGUF file" in message
     assert not (tmp_path / "a").exists()
@@ -173,14 +171,14 @@ def test_direction_0_is_said(tiny_llama, tmp_path, capsys):
     """EasySteer writes and adds it; llama.cpp would refuse the whole file."""
     vectors = {0: random(D, seed=3), 1: random(D, seed=4)}
     write_gguf(tmp_path / "v.gguf", vectors)
-    assert import_([str(tmp_path / "v.gguf"), "-o", str(tmp_path / "a"), "--base", tiny_llama]) == 0
+    assert peft_steer("import", tmp_path / "v.gguf", "-o", tmp_path / "a", "--base", tiny_llama) == 0
     assert "direction.0" in capsys.readouterr().out
     check(tiny_llama, tmp_path / "a", vectors)
 
 
 def test_an_unknown_base(tmp_path, capsys):
     write_gguf(tmp_path / "v.gguf", {1: random(D)})
-    assert import_([str(tmp_path / "v.gguf"), "-o", str(tmp_path / "a"), "--base", "no/such-model"]) == 2
+    assert peft_steer("import", tmp_path / "v.gguf", "-o", tmp_path / "a", "--base", "no/such-model") == 2
     assert "--base: 'no/such-model' cannot be loaded" in capsys.readouterr().err
 
 
@@ -192,7 +190,7 @@ def test_unknown_files(tiny_llama, tmp_path, capsys):
         "folder": "none of pyreft's",
         "missing.pt": "there is no file or folder",
     }.items():
-        assert import_([str(tmp_path / source), "-o", str(tmp_path / "a"), "--base", tiny_llama]) == 2
+        assert peft_steer("import", tmp_path / source, "-o", tmp_path / "a", "--base", tiny_llama) == 2
         assert message in capsys.readouterr().err
-    assert import_([str(tmp_path / "v.npz"), "-o", str(tmp_path / "folder"), "--base", tiny_llama]) == 2
+    assert peft_steer("import", tmp_path / "v.npz", "-o", tmp_path / "folder", "--base", tiny_llama) == 2
     assert "exists; name another" in capsys.readouterr().err

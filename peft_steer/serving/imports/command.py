@@ -20,13 +20,15 @@ def import_adapter(args: argparse.Namespace) -> None:
     """Runs the command; see `peft_steer/commands/import_.py` for the arguments.
 
     Raises:
-        ValueError, OSError: If the file is none that can be imported, or is of another model.
+        UsageError: If the file cannot be imported, or is of another model.
     """
-    foreign = read(args.source, args)
-    base = find_model(args.base).path
+    with usage_errors():
+        foreign = read(args.source, args)
+        base = find_model(args.base).path
     with usage_errors(f"--base: {args.base!r} cannot be loaded: "):
         AutoConfig.from_pretrained(base)
-    model = make_adapter(base, foreign, args.scale, name=args.base)
+    with usage_errors():
+        model = make_adapter(base, foreign, args.scale, name=args.base)
     model.save_pretrained(args.output, save_embedding_layers=False)
     print(f"Written to {args.output}: kind={foreign.kind!r}, site={foreign.site!r}, {_describe(foreign)}.")
     if foreign.kind == "vector":

@@ -21,6 +21,7 @@ from pathlib import Path
 from peft import PeftConfig
 
 from peft_steer import JointSteerLoraConfig, SteerConfig
+from peft_steer.utils.errors import UsageError, usage_errors
 from peft_steer.utils.hub import find_model
 
 
@@ -88,22 +89,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--dry-run", action="store_true", help="print vLLM's command only")
     arguments = parser.parse_args(own)
-    try:
+    with usage_errors():
         adapters = dict(_named(text) for text in arguments.adapter)
         if len(adapters) < len(arguments.adapter):
-            raise ValueError("--adapter: two adapters have one name.")
+            raise UsageError("--adapter: two adapters have one name.")
         slots = max(len(adapters), 1) if arguments.slots is None else arguments.slots
         if slots < 1:
-            raise ValueError(f"--slots {slots}: must be at least 1.")
+            raise UsageError(f"--slots {slots}: must be at least 1.")
         if not arguments.dry_run and importlib.util.find_spec("vllm") is None:
-            raise ValueError("vLLM is not installed: `pip install 'peft-steer[vllm]'` and the build for this machine.")
+            raise UsageError("vLLM is not installed: `pip install 'peft-steer[vllm]'` and the build for this machine.")
         source = find_model(arguments.model)
         words = command(source.path, adapters, slots, arguments.port, more)
         if source.path != arguments.model and "--served-model-name" not in more:
             words += ["--served-model-name", arguments.model]
-    except (ValueError, OSError) as error:
-        print(f"peft-steer serve: {error}", file=sys.stderr)
-        return 2
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}  # adapters come and go over HTTP
     print(" ".join(f"{name}={value}" for name, value in environment.items()), shlex.join(words), flush=True)
     if arguments.dry_run:

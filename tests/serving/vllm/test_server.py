@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from command_line import peft_steer
 from engines import load, reference, save_adapter, save_model
 
 from peft_steer.serving.vllm import serve
@@ -57,7 +58,7 @@ def test_mistakes(base, tmp_path, capsys):
         "--slots 0": ["--slots", "0"],
     }
     for message, arguments in cases.items():
-        assert serve.main([base, "--dry-run", *arguments]) == 2
+        assert peft_steer("serve", base, "--dry-run", *arguments) == 2
         assert message in capsys.readouterr().err
 
 
