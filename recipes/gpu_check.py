@@ -145,8 +145,10 @@ def compiled(folder: Path, tiny: bool) -> Iterator[Row]:
         model = share(base) if name == "base" else adapt(base, name)
         _randomize(model)
         with torch.no_grad():
-            found = torch.compile(model.eval(), fullgraph=True, backend=backend)(input_ids=ids, use_cache=False).logits
-        error = _distance(found, _logits(model, ids))
+            logits = torch.compile(model.eval(), fullgraph=True, backend=backend)(
+                input_ids=ids, use_cache=False
+            ).logits
+        error = _distance(logits, _logits(model, ids))
         yield Row(f"{name}, compiled ({backend}) against eager", f"{error:.1e}", "<= 1e-2", error <= 1e-2)
 
 

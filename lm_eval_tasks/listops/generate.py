@@ -51,7 +51,7 @@ def load(
         For each split the columns `expression` (such as `max(3,4,min(2,9))`) and `value` (0 to 9).
 
     Raises:
-        ValueError: For a parameter out of range, or when so many different expressions were not found.
+        ValueError: For a parameter out of range, or if there are too few different expressions.
     """
     if unknown := set(operators) - set(OPERATORS):
         raise ValueError(f"operators: {sorted(unknown)} unknown, choose from {list(OPERATORS)}")
@@ -62,19 +62,19 @@ def load(
             f">= min_symbols, got {operators=}, {max_depth=}, {max_args=}, {min_symbols=}, {max_symbols=}"
         )
     wanted = dict(zip(SPLITS, (n_train, n_validation, n_test), strict=True))
-    found: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    drawn: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     expressions = _expressions(random.Random(seed), operators, max_depth, max_args, min_symbols, max_symbols, brackets)
     misses = 0
-    while any(len(found[split]) < wanted[split] for split in SPLITS):
+    while any(len(drawn[split]) < wanted[split] for split in SPLITS):
         expression, value = next(expressions)
-        same_split = found[_split(expression)]
+        same_split = drawn[_split(expression)]
         if expression in same_split or len(same_split) == wanted[_split(expression)]:
             misses += 1
         else:
             same_split[expression] = value
             misses = 0
         if misses == _PATIENCE:
-            counts = {split: len(found[split]) for split in SPLITS}
+            counts = {split: len(drawn[split]) for split in SPLITS}
             raise ValueError(
                 f"ListOps: wanted {wanted} different expressions, found {counts} with {operators=}, {max_depth=}, "
                 f"{max_args=}, {min_symbols=}, {max_symbols=}. Ask for fewer, or for longer ones."
@@ -82,7 +82,7 @@ def load(
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict({"expression": list(items), "value": list(items.values())})
-            for split, items in found.items()
+            for split, items in drawn.items()
         }
     )
 

@@ -35,7 +35,7 @@ def load(
         For each split the columns `question`, `answer`, and `entry` (reasoning-gym's own record, as JSON).
 
     Raises:
-        ValueError: For an unknown data set or field, or when so many different questions were not found.
+        ValueError: For an unknown data set or field, or if there are too few different questions.
     """
     wanted = dict(zip(SPLITS, (n_train, n_validation, n_test), strict=True))
     draws = _PATIENCE * max(n_train, 10 * n_validation, 10 * n_test, 100)
@@ -43,16 +43,16 @@ def load(
         source = reasoning_gym.create_dataset(dataset, seed=seed, size=draws, **(params or {}))
     except (TypeError, AssertionError) as error:
         raise ValueError(f"reasoning-gym's {dataset!r} does not take {params}: {error}") from error
-    found: dict[str, dict[str, dict]] = {split: {} for split in SPLITS}
+    drawn: dict[str, dict[str, dict]] = {split: {} for split in SPLITS}
     for i in range(draws):
-        if all(len(found[split]) == wanted[split] for split in SPLITS):
+        if all(len(drawn[split]) == wanted[split] for split in SPLITS):
             break
         entry = source[i]
         split = _split(entry["question"])
-        if len(found[split]) < wanted[split]:
-            found[split].setdefault(entry["question"], entry)
+        if len(drawn[split]) < wanted[split]:
+            drawn[split].setdefault(entry["question"], entry)
     else:
-        counts = {split: len(found[split]) for split in SPLITS}
+        counts = {split: len(drawn[split]) for split in SPLITS}
         raise ValueError(f"reasoning-gym's {dataset!r}: wanted {wanted} different questions, found {counts}")
     return datasets.DatasetDict(
         {
@@ -62,7 +62,7 @@ def load(
                     for e in entries.values()
                 ]
             )
-            for split, entries in found.items()
+            for split, entries in drawn.items()
         }
     )
 

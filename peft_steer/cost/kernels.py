@@ -12,7 +12,7 @@ _NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view
 
 
 class CountKernels(TorchDispatchMode):
-    """Counts the aten calls that are no views while it is entered; `counts` has them by name."""
+    """Counts the aten calls that are not views while it is entered; `counts` has them by name."""
 
     def __init__(self) -> None:
         super().__init__()

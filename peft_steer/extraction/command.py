@@ -47,13 +47,13 @@ def extract(args: argparse.Namespace) -> None:
         model = _model(args, source.path)
     blocks = _set_vectors(model, used, held_out, args)
     print(_table(blocks))
-    found = []
+    measured = []
     if args.scales or task or any(pair.has_prompt for pair in held_out):
-        found = effects(model, args.scales or SCALES, held_out, tokenizer, task, args.limit, args.batch_size)
-        print(f"\n{_effect_table(found)}")
+        measured = effects(model, args.scales or SCALES, held_out, tokenizer, task, args.limit, args.batch_size)
+        print(f"\n{_effect_table(measured)}")
     scale = args.scale
     if task:
-        chosen = best(found, task.higher_is_better()[_metric(task)])
+        chosen = best(measured, task.higher_is_better()[_metric(task)])
         scale = chosen.scale
         print(f"\nStrength {scale:g}: the best {_metric(task)} on {args.task}'s validation split.")
     config = cast(SteerConfig, model.peft_config["default"])
@@ -66,7 +66,7 @@ def extract(args: argparse.Namespace) -> None:
         "pairs": {"used": len(used), "held_out": len(held_out)},
         "scale": scale,
         "blocks": [asdict(block) for block in blocks],
-        "effects": [asdict(effect) for effect in found],
+        "effects": [asdict(effect) for effect in measured],
     }
     (args.output / "extract.json").write_text(json.dumps(facts, indent=1))
     print(f"\nSaved to {args.output}, with strength {scale:g}.")
@@ -148,7 +148,7 @@ def _table(blocks: list[BlockReport]) -> str:
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
-def _effect_table(found: list[Effect]) -> str:
+def _effect_table(measured: list[Effect]) -> str:
     def shown(x: float | None, stderr: float | None) -> str:
         return "–" if x is None else f"{x:.3f} ± {stderr:.3f}" if stderr is not None else f"{x:.3f}"
 
@@ -160,7 +160,7 @@ def _effect_table(found: list[Effect]) -> str:
             "KL to the base": shown(e.kl, None),
             "score ± s.e.": shown(e.score, e.stderr),
         }
-        for e in found
+        for e in measured
     ]
     table = pd.DataFrame(rows)
     return table.loc[:, (table != "–").any()].to_markdown(index=False, disable_numparse=True)

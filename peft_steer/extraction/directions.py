@@ -26,22 +26,22 @@ def direction(positive: torch.Tensor, negative: torch.Tensor, method: str = "mea
     differences = positive.double() - negative.double()
     mean = differences.mean(0)
     if method == "mean":
-        found = mean
+        vector = mean
     elif method in METHODS:
         rows = differences - mean if method == "pca_centred" else differences
         component = torch.linalg.svd(rows, full_matrices=False).Vh[0]
-        found = component if component @ mean >= 0 else -component
+        vector = component if component @ mean >= 0 else -component
     else:
-        raise ValueError(f"method={method!r} is none of {', '.join(map(repr, METHODS))}")
-    if not differences.any() or not found.isfinite().all():
+        raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, METHODS))}")
+    if not differences.any() or not vector.isfinite().all():
         raise ValueError("the states of positive and negative texts do not differ (or are not finite)")
-    return found.float()
+    return vector.float()
 
 
 def with_norm(v: torch.Tensor, norm: str, states: torch.Tensor) -> torch.Tensor:
     """`v` with its `"own"` norm, with norm 1 (`"unit"`), or with the mean norm of `states`, `(n, d)` (`"states"`)."""
     if norm not in NORMS:
-        raise ValueError(f"norm={norm!r} is none of {', '.join(map(repr, NORMS))}")
+        raise ValueError(f"norm={norm!r} must be one of {', '.join(map(repr, NORMS))}")
     if norm == "own":
         return v
     return v / v.norm() * (states.norm(dim=-1).mean() if norm == "states" else 1)

@@ -57,7 +57,7 @@ def effects(
 ) -> list[Effect]:
     """The effect of every strength in `scales`, on held-out pairs and on the evaluated split of `task`. The adapter's
     strength is what it was afterwards."""
-    found = []
+    measured = []
     tuner = cast(SteerModel, model.base_model)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # that the model is an object is meant
     harness = None if task is None else PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -71,7 +71,7 @@ def effects(
             logger.info("%s with strength %g (%d of %d)", task.config.task, scale, number, len(scales))
             scored = score(harness, task, limit)
             result = {"score": scored["score"], "stderr": scored["stderr"]}
-        found.append(
+        measured.append(
             Effect(
                 scale,
                 *_mean(odds),
@@ -81,13 +81,13 @@ def effects(
             )
         )
     tuner.set_scale("default", 1.0)
-    return found
+    return measured
 
 
-def best(found: Sequence[Effect], higher_is_better: bool = True) -> Effect:
+def best(measured: Sequence[Effect], higher_is_better: bool = True) -> Effect:
     """The one with the best score; of equals the weakest. All must have a score."""
     sign = 1 if higher_is_better else -1
-    return max(found, key=lambda effect: (sign * cast(float, effect.score), -abs(effect.scale)))
+    return max(measured, key=lambda effect: (sign * cast(float, effect.score), -abs(effect.scale)))
 
 
 def _mean(x: torch.Tensor | None) -> tuple[float | None, float | None]:

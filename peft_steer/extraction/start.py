@@ -44,7 +44,7 @@ def initialize_vectors(
         adapter_name: The adapter.
 
     Raises:
-        ValueError: If the adapter has no vectors, the texts are no pairs, or their states do not differ.
+        ValueError: If the adapter has no vectors, the texts are not pairs, or their states do not differ.
 
     Example:
 
@@ -68,7 +68,7 @@ def vector_places(model: PeftModel, adapter_name: str = "default") -> dict[str, 
     """Block and site of every vector of an adapter, by the steered module's name.
 
     Raises:
-        ValueError: If it is no adapter of vectors.
+        ValueError: If the adapter has no vectors.
     """
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, SteerConfig) or config.kind != "vector" or not config.share_weights:
@@ -89,7 +89,7 @@ def collect_pairs(
     batch_size: int,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The states of both sides at `places`, each `(pairs, d)`, of the base alone, by the steered module's name."""
-    found = {}
+    sides = {}
     base = cast(PreTrainedModel, model.get_base_model())
     with model.disable_adapter():
         for site in dict.fromkeys(site for _, site in places.values()):
@@ -97,8 +97,8 @@ def collect_pairs(
             both = [*positive, *negative]
             states = collect(base, both, list(blocks.values()), site, tokens, batch_size)
             for name, block in blocks.items():
-                found[name] = tuple(states[block.index].split(len(positive)))
-    return {name: found[name] for name in places}
+                sides[name] = tuple(states[block.index].split(len(positive)))
+    return {name: sides[name] for name in places}
 
 
 @torch.no_grad()

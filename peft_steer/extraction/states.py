@@ -37,7 +37,7 @@ def collect(
         batch_size: Texts at a time. Texts of similar length are run together.
     """
     if tokens not in TOKENS:
-        raise ValueError(f"tokens={tokens!r} is none of {', '.join(map(repr, TOKENS))}")
+        raise ValueError(f"tokens={tokens!r} must be one of {', '.join(map(repr, TOKENS))}")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     kept: dict[int, list] = {block.index: [None] * len(texts) for block in blocks}
     seen: dict[int, torch.Tensor] = {}

@@ -221,12 +221,12 @@ def parse_blocks(text: str, known: set[int]) -> set[int]:
     """
     if text.strip().lower() == "all":
         return known
-    found: set[int] = set()
+    chosen: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
         if match is None:
-            raise ValueError(f"Blocks: {part!r} is no number and no range such as 4-9.")
-        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if found - known:
-        raise ValueError(f"Blocks: {sorted(found - known)} are not steered; steered are {sorted(known)}.")
-    return found
+            raise ValueError(f"Blocks: {part!r} is neither a number nor a range such as 4-9.")
+        chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if chosen - known:
+        raise ValueError(f"Blocks: {sorted(chosen - known)} are not steered; steered are {sorted(known)}.")
+    return chosen

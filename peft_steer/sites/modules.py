@@ -113,8 +113,8 @@ def output_linear(module: nn.Module) -> str | None:
     no such single layer (a mixture of experts)."""
     if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
         return ""
-    found = [name for name, _ in module.named_children() if name in _OUTPUT_LINEAR]
-    return found[0] if len(found) == 1 else None
+    names = [name for name, _ in module.named_children() if name in _OUTPUT_LINEAR]
+    return names[0] if len(names) == 1 else None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -60,7 +60,7 @@ def reward(name: str, task: Any, metric: str | None = None, chat: bool = False) 
 
     Args:
         name: Which.
-        task: The lm-eval task, None if the data are no task's.
+        task: The lm-eval task, None if the data come from no task.
         metric: Of the task, "metric,filter"; None for its first.
         chat: Whether its prompts are chat messages.
 

@@ -52,13 +52,13 @@ def measure(name: str, model: str, adapters: list[str], rows: int, tokens: int, 
     if number:
         requests = [LoRARequest(str(i % number), 1 + i % number, adapters[i % number]) for i in range(rows)]
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=0)
-    found = []
+    rates = []
     for i in range(rounds + 1):
         prompts = [f"Round {i}, text {row}: the quick brown fox jumps over" for row in range(rows)]
         start = time.process_time()
         llm.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
-        found.append(rows * tokens / (time.process_time() - start))
-    return found[1:]  # without the warm-up
+        rates.append(rows * tokens / (time.process_time() - start))
+    return rates[1:]  # without the warm-up
 
 
 def make_adapters(model: str, folder: str, number: int) -> list[str]:
@@ -108,9 +108,9 @@ def main() -> None:
                 speeds[name] += json.loads(done.stdout.splitlines()[-1])
                 print(name, [round(x) for x in speeds[name]], file=sys.stderr, flush=True)
     print("| engine | tokens per processor-second | of the base's |\n|---|---|---|")
-    for name, found in speeds.items():
+    for name, rates in speeds.items():
         base = speeds["base" if ENGINES[name][1] else "base, eager"]
-        speed = statistics.median(found)
+        speed = statistics.median(rates)
         print(f"| {name} | {speed:.0f} | {speed / statistics.median(base):.2f} |")
 
 

@@ -83,7 +83,7 @@ def test_norms(states):
 def test_equal_states_are_refused(states):
     with pytest.raises(ValueError, match="do not differ"):
         direction(states[0], states[0])
-    with pytest.raises(ValueError, match="'median' is none of"):
+    with pytest.raises(ValueError, match="'median' must be one of"):
         direction(*states, "median")
 
 

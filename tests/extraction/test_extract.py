@@ -82,8 +82,8 @@ def test_an_adapter_that_acts_already_does_not_change_the_states(tiny_llama, tok
         ({"kind": "linear"}, (POSITIVE, NEGATIVE), {}, "has no vectors to set"),
         ({"kind": "vector"}, (POSITIVE, NEGATIVE[:2]), {}, "not 4 and 2"),
         ({"kind": "vector"}, (POSITIVE, POSITIVE), {}, "do not differ"),
-        ({"kind": "vector"}, (POSITIVE, NEGATIVE), {"tokens": "first"}, "'first' is none of"),
-        ({"kind": "vector"}, (POSITIVE, NEGATIVE), {"norm": "big"}, "'big' is none of"),
+        ({"kind": "vector"}, (POSITIVE, NEGATIVE), {"tokens": "first"}, "'first' must be one of"),
+        ({"kind": "vector"}, (POSITIVE, NEGATIVE), {"norm": "big"}, "'big' must be one of"),
     ],
 )
 def test_refused(config, texts, kwargs, message, tiny_llama, tokenizer):

@@ -122,7 +122,9 @@ def test_blocks_as_text(text, blocks):
     assert parse_blocks(text, {0, 1, 2, 3}) == blocks
 
 
-@pytest.mark.parametrize(("text", "message"), [("x", "'x' is no number"), ("2-9", "are not steered"), ("-1", "'-1'")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("x", "'x' is neither a number"), ("2-9", "are not steered"), ("-1", "'-1'")]
+)
 def test_blocks_that_are_none(text, message):
     with pytest.raises(ValueError, match=message):
         parse_blocks(text, {0, 1, 2, 3})

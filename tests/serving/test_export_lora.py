@@ -1,4 +1,4 @@
-"""Affine edits exported as LoRA: PEFT's own LoRA gives the adapter's logits, and what is no LoRA is refused."""
+"""Affine edits exported as LoRA: PEFT's own LoRA gives the adapter's logits, and what is not a LoRA is refused."""
 
 import json
 
@@ -143,7 +143,7 @@ def test_the_adapter_is_unchanged(tmp_path):
         ({"site": "mlp", "kind": "nonlinear"}, None, "activation='silu'"),
         ({"site": "mlp", "kind": "direft", "activation": "tanh"}, None, "activation='tanh'"),
         ({"site": "mlp", "kind": "loreft"}, None, "--constants bias"),
-        ({"site": "mlp", "kind": "loreft"}, "none", "constants='none' is none of"),
+        ({"site": "mlp", "kind": "loreft"}, "none", "constants='none' must be one of"),
         ({"site": "mlp", "kind": "vector"}, "drop", "nothing would be steered"),
         ({"site": "attention", "kind": "loreft"}, "vector", "read by the block's MLP"),
         ({"site": ["attention", "heads"], "kind": "linear"}, None, "same linear layer"),

@@ -155,7 +155,7 @@ BLOCK = [(1, "block_output", 0)]
         ({"kind": "Loreft"}, ["--positions", "l1", "--activation", "relu"], "LoReFT has none here"),
         ({"kind": "Loreft", "kinds": ["Consreft"]}, [], "Consreft; one of"),
         ({"kind": "Loreft", "kinds": ["Loreft", "Direft"]}, [], "Direft, Loreft"),
-        ({"kind": "Loreft", "places": [(1, "query_output", 0)]}, [], "'query_output' is no site"),
+        ({"kind": "Loreft", "places": [(1, "query_output", 0)]}, [], "'query_output' is not one of our sites"),
         ({"kind": "Loreft", "places": [(0, "block_output", 0), (1, "mlp_output", 0)]}, [], "one place at a time"),
         ({"kind": "Loreft", "places": [(0, "block_output", 0), (1, "block_output", 1)]}, [], "every block needs"),
         ({"kind": "Noreft"}, ["--positions", "l1", "--activation", "tanh"], "proj_layer.bias is not zero"),

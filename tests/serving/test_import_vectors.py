@@ -139,7 +139,7 @@ def test_nothing_is_unpickled(write, tiny_llama, tmp_path, capsys):
         (random(D), [], "--layers"),
         (random(BLOCKS, D), ["--layers", "1"], "names 1 blocks"),
         ({1: VECTOR}, ["--layers", "1"], "the file says itself"),
-        ({"a": VECTOR, "b": VECTOR}, [], "'a' is no number of a block"),
+        ({"a": VECTOR, "b": VECTOR}, [], "'a' is not the number of a block"),
         ({1: random(2, D)}, [], "block 1 has no vector"),
         ({1: VECTOR, 0: random(16)}, [], "different widths"),
         (torch.zeros(BLOCKS, D), [], "all rows are zero"),
@@ -186,8 +186,8 @@ def test_unknown_files(tiny_llama, tmp_path, capsys):
     (tmp_path / "v.npz").touch()
     (tmp_path / "folder").mkdir()
     for source, message in {
-        "v.npz": "the ending is none of .gguf",
-        "folder": "none of pyreft's",
+        "v.npz": "the ending must be one of .gguf",
+        "folder": "not one of pyreft's",
         "missing.pt": "there is no file or folder",
     }.items():
         assert peft_steer("import", tmp_path / source, "-o", tmp_path / "a", "--base", tiny_llama) == 2

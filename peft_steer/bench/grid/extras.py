@@ -39,7 +39,7 @@ def parse_retention(raw: Any) -> tuple[dict[str, Any], ...]:
 
 def parse_reference(raw: Any) -> tuple[Reference, ...]:
     """`reference: [{method, task, score, source, n, model}]`."""
-    found = []
+    references = []
     for index, entry in enumerate(_list("reference", raw)):
         where = f"reference[{index}]"
         fields = _mapping(where, entry, ("method", "task", "score", "source", "n", "model"))
@@ -50,8 +50,8 @@ def parse_reference(raw: Any) -> tuple[Reference, ...]:
             parse_count(f"{where}: n", fields["n"], least=1)
         for name in ("method", "task", "source", *(["model"] if fields.get("model") is not None else [])):
             _text(f"{where}: {name}", fields.get(name))
-        found.append(Reference(**{**fields, "score": float(score)}))
-    return tuple(found)
+        references.append(Reference(**{**fields, "score": float(score)}))
+    return tuple(references)
 
 
 def parse_rewards(where: str, raw: Any, trainers: list[str]) -> tuple[str, ...]:

@@ -10,10 +10,10 @@ from .plan import Grid, Task
 
 
 def check_tasks(grid: Grid, loaded: dict[str, Any]) -> None:
-    """Args: the grid, and its tasks by name.
+    """Checks a grid and its tasks, by name.
 
     Raises:
-        ValueError: If a task does not generate what is rewarded, has no wrong answers, or a retained task is unknown.
+        UsageError: If a task does not generate what is rewarded, has no wrong answers, or a retained task is unknown.
     """
     trainers = {method.trainer for method in grid.methods if method.config}
     for task in grid.tasks:

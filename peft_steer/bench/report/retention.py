@@ -38,32 +38,32 @@ def changes(group: Group) -> dict[str, dict[str, Comparison]]:
     base = _base(group)
     if base is None:
         return {}
-    found = {}
+    by_task = {}
     for task, before in base.retention.items():
         made = {row.label: compare(row.retention[task], before) for row in _trained(group) if task in row.retention}
         if made:
             corrected = multipletests([c.p for c in made.values()], alpha=ALPHA, method="holm")[1]
-            found[task] = {
+            by_task[task] = {
                 label: replace(c, p_holm=float(p)) for (label, c), p in zip(made.items(), corrected, strict=True)
             }
-    return found
+    return by_task
 
 
 def retention_table(group: Group) -> pd.DataFrame:
     """A line a row of the group: the base's scores, then each change with its p value. Empty without changes."""
-    base, found = _base(group), changes(group)
+    base, changed = _base(group), changes(group)
     if base is None:
         return pd.DataFrame()
-    lines = [{"method": base.label, **{task: f"{summarize(base.retention[task]).mean:.3f}" for task in found}}]
+    lines = [{"method": base.label, **{task: f"{summarize(base.retention[task]).mean:.3f}" for task in changed}}]
     for row in _trained(group):
-        lines.append({"method": row.label, **{task: _change(found[task].get(row.label)) for task in found}})
+        lines.append({"method": row.label, **{task: _change(changed[task].get(row.label)) for task in changed}})
     return pd.DataFrame(lines)
 
 
 def frontier(group: Group) -> list[Point]:
     """Every trained row: what it gained on the group's task, and what it lost of the retained ones (their mean), or,
     if there are none, of the plain text. Empty if neither was measured or the base is missing."""
-    base, found = _base(group), changes(group)
+    base, changed = _base(group), changes(group)
     if base is None or base.scores is None:
         return []
     points = []
@@ -71,11 +71,11 @@ def frontier(group: Group) -> list[Point]:
         gain = _gain(group, row, base)
         if gain is None:
             continue
-        lost = [made[row.label] for made in found.values() if row.label in made]
+        lost = [made[row.label] for made in changed.values() if row.label in made]
         if lost:
             loss = -sum(c.difference for c in lost) / len(lost)
             error = math.sqrt(sum(((c.high - c.low) / 2) ** 2 for c in lost)) / len(lost)
-            axis = f"loss on {', '.join(found)}" + (" (mean)" if len(found) > 1 else "")
+            axis = f"loss on {', '.join(changed)}" + (" (mean)" if len(changed) > 1 else "")
         elif not math.isnan(row.costs["forgetting"]):
             loss, error = row.costs["forgetting"], row.forgetting_error
             axis = "forgetting, nats per token of plain text, ± standard error over seeds"

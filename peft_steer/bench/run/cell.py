@@ -94,7 +94,7 @@ class Runner:
         harness = PeftSteerLM(pretrained=model, tokenizer=tokenizer, batch_size=cell.eval_batch_size)
         scores = _of_items(score(harness, task, cell.limit, **chat_of(cell)), cell.task)
         if cell.retention:
-            costs["retention"] = {name: _of_items(found, name) for name, found in kept(harness, cell.retention)}
+            costs["retention"] = {name: _of_items(scores, name) for name, scores in kept(harness, cell.retention)}
         if cell.kl_prompts and cell.config:
             reference = _load(cell) if full or self._sums != _sums(base) else base
             costs |= divergence(model, reference, tokenizer, task, cell)

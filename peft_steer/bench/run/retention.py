@@ -27,8 +27,8 @@ def kept(harness: LM, entries: list[dict[str, Any]]) -> Iterator[tuple[str, dict
         if list(scores) == [name]:
             yield name, scores[name]
             continue
-        ids = [f"{task}:{item}" for task, found in scores.items() for item in found["items"]["ids"]]
-        values = [value for found in scores.values() for value in found["items"]["scores"]]
-        metric = " and ".join(dict.fromkeys(found["metric"] for found in scores.values()))
+        ids = [f"{task}:{item}" for task, scored in scores.items() for item in scored["items"]["ids"]]
+        values = [value for scored in scores.values() for value in scored["items"]["scores"]]
+        metric = " and ".join(dict.fromkeys(scored["metric"] for scored in scores.values()))
         joined = {"metric": metric, "score": sum(values) / len(values), "stderr": None, "n": len(values)}
         yield name, {**joined, "items": {"ids": ids, "scores": values}}

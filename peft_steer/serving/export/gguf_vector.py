@@ -125,8 +125,8 @@ def write_control_vector(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = read_control_vector(path)
-    if found.keys() != kept.keys() or any(not np.array_equal(found[block], v) for block, v in kept.items()):
+    written = read_control_vector(path)
+    if written.keys() != kept.keys() or any(not np.array_equal(written[block], v) for block, v in kept.items()):
         raise OSError(f"{path}: what was written cannot be read back")
 
 

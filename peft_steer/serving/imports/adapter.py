@@ -37,9 +37,9 @@ def make_adapter(base: str, foreign: Foreign, scale: float = 1.0, name: str | No
             f"site={foreign.site!r} is behind the norm {norm!r} here, and in other tools before it; import a file "
             "made for the block's output"
         )
-    width, found = hidden_size(model, blocks[0].name), _width(foreign)
-    if width != found:
-        raise ValueError(f"the vectors are of width {found}, and {name} has {width}: they are of another model")
+    width, given = hidden_size(model, blocks[0].name), _width(foreign)
+    if width != given:
+        raise ValueError(f"the vectors are of width {given}, and {name} has {width}: they are of another model")
     ranks = foreign.ranks
     r = max(ranks.values(), default=8)
     config = SteerConfig(

@@ -54,8 +54,8 @@ def read(source: Path, args: argparse.Namespace) -> Foreign:
     if source.is_dir():
         if not is_pyreft(source):
             raise ValueError(
-                f"{source}: a folder, but none of pyreft's. (A folder that PEFT saved needs no import; of a folder of "
-                "vectors, name one file.)"
+                f"{source}: a folder, but not one of pyreft's. (A folder that PEFT saved needs no import; of a folder "
+                "of vectors, name one file.)"
             )
         _refuse(args, ("site", "layers"), "a folder of pyreft's says it itself")
         return read_pyreft(source, args.positions, args.activation)
@@ -65,7 +65,7 @@ def read(source: Path, args: argparse.Namespace) -> Foreign:
         return vectors(read_control_vector(source))
     if source.suffix in SUFFIXES:
         return read_tensors(source, args.site, args.layers)
-    raise ValueError(f"{source}: the ending is none of .gguf, {', '.join(SUFFIXES)}")
+    raise ValueError(f"{source}: the ending must be one of .gguf, {', '.join(SUFFIXES)}")
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:

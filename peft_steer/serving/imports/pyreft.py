@@ -48,7 +48,7 @@ def read_pyreft(folder: Path, positions: str | None, activation: str | None) -> 
         activation: `f`, or `"none"`.
 
     Raises:
-        ValueError: If it has something that is no intervention of ours, or one of the two is not given.
+        ValueError: If it has an intervention that is not one of ours, or one of the two is not given.
     """
     if positions is None or activation is None:
         name = "positions" if positions is None else "activation"
@@ -98,16 +98,18 @@ def _kind_of(folder: Path, types: list[str]) -> str:
 
 def _place(folder: Path, key: str) -> tuple[int, str, int]:
     """Block, site and number of an intervention, from its key."""
-    found = _KEY.fullmatch(key)
-    if found is None or found["unit"] != "pos":
+    match = _KEY.fullmatch(key)
+    if match is None or match["unit"] != "pos":
         raise ValueError(f"{folder}: the key {key!r} is not pyreft's, of interventions at positions")
-    component, layer = found["component"], found["layer"]
+    component, layer = match["component"], match["layer"]
     path = _PATH.fullmatch(component)
     if path and path[2] in _ENDINGS:
-        return int(path[1]), _ENDINGS[path[2]], int(found["part"])
+        return int(path[1]), _ENDINGS[path[2]], int(match["part"])
     if component not in _COMPONENTS or layer is None:
-        raise ValueError(f"{folder}: the component {component!r} is no site of ours; known: {', '.join(_COMPONENTS)}")
-    return int(layer), _COMPONENTS[component], int(found["part"])
+        raise ValueError(
+            f"{folder}: the component {component!r} is not one of our sites; known: {', '.join(_COMPONENTS)}"
+        )
+    return int(layer), _COMPONENTS[component], int(match["part"])
 
 
 def _state(path: Path, kind: str, f: str | None) -> dict[str, torch.Tensor]:

@@ -63,49 +63,49 @@ def read_tensors(path: Path, site: str | None, layers: list[int] | None) -> Fore
     Raises:
         ValueError: If the file holds no vectors, or something has to be said that was not, or the other way round.
     """
-    found = load_tensors(path)
-    if isinstance(found, dict) and "layer_activations" in found:
-        kind = found.get("layer_type", "decoder_block")
+    content = load_tensors(path)
+    if isinstance(content, dict) and "layer_activations" in content:
+        kind = content.get("layer_type", "decoder_block")
         if kind not in _SITES:
             raise ValueError(f"{path}: layer_type={kind!r} is a place that SteerConfig has no site for")
         if site not in (None, _SITES[kind]):
             raise ValueError(f"--site {site}: the file says layer_type={kind!r}, which is {_SITES[kind]!r}")
-        found, site = found["layer_activations"], _SITES[kind]
+        content, site = content["layer_activations"], _SITES[kind]
     elif (
-        isinstance(found, dict)
-        and len(found) == 1
-        and isinstance(next(iter(found)), str)
-        and _is_tensor(next(iter(found.values())), ndim=2)
+        isinstance(content, dict)
+        and len(content) == 1
+        and isinstance(next(iter(content)), str)
+        and _is_tensor(next(iter(content.values())), ndim=2)
     ):
-        found = next(iter(found.values()))
+        content = next(iter(content.values()))
     site = site or "block"
-    if isinstance(found, dict):
+    if isinstance(content, dict):
         if layers is not None:
             raise ValueError("--layers: the file says itself which blocks its vectors are for")
-        return vectors(_by_block(path, found), site)
-    if _is_tensor(found, ndim=2) and found.shape[0] == 1:
-        found = found[0]
-    if _is_tensor(found, ndim=1):
+        return vectors(_by_block(path, content), site)
+    if _is_tensor(content, ndim=2) and content.shape[0] == 1:
+        content = content[0]
+    if _is_tensor(content, ndim=1):
         if layers is None:
             raise ValueError(f"{path}: one vector, and no file says for which blocks; name them with --layers")
-        return vectors(dict.fromkeys(layers, found), site)
-    if _is_tensor(found, ndim=2):
-        rows = list(range(len(found))) if layers is None else layers
-        if len(rows) != len(found):
-            raise ValueError(f"--layers names {len(rows)} blocks, and {path} has {len(found)} rows")
-        given = {block: v for block, v in zip(rows, found, strict=True) if v.any()}  # a row of zeros steers nothing
+        return vectors(dict.fromkeys(layers, content), site)
+    if _is_tensor(content, ndim=2):
+        rows = list(range(len(content))) if layers is None else layers
+        if len(rows) != len(content):
+            raise ValueError(f"--layers names {len(rows)} blocks, and {path} has {len(content)} rows")
+        given = {block: v for block, v in zip(rows, content, strict=True) if v.any()}  # a row of zeros steers nothing
         if not given:
             raise ValueError(f"{path}: all rows are zero")
         return vectors(given, site)
-    raise ValueError(f"{path}: no steering vectors: {_shape(found)}")
+    raise ValueError(f"{path}: no steering vectors: {_shape(content)}")
 
 
-def _by_block(path: Path, found: dict) -> dict[int, torch.Tensor]:
+def _by_block(path: Path, content: dict) -> dict[int, torch.Tensor]:
     by_block = {}
-    for key, v in found.items():
+    for key, v in content.items():
         number = int(key) if isinstance(key, str) and key.isdecimal() else key
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"{path}: {key!r} is no number of a block; {_shape(found)}")
+            raise ValueError(f"{path}: {key!r} is not the number of a block; {_shape(content)}")
         v = v.squeeze() if isinstance(v, torch.Tensor) else v
         if not _is_tensor(v, ndim=1):
             raise ValueError(f"{path}: block {number} has no vector: {_shape(v)}")
