@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 
 from peft_steer.interventions.base import idle_parameters, outlooks
@@ -18,7 +19,7 @@ def add_peft_type(name: str) -> PeftType:
     """
     if name in PeftType.__members__:
         return PeftType[name]
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)  # enum's own attributes have no types
     member._name_ = name
     member._value_ = name
     member.__objclass__ = PeftType
@@ -30,7 +31,7 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-def register(peft_type: PeftType, config_cls: type, model_cls: type) -> None:
+def register(peft_type: PeftType, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Make PEFT use `config_cls` and `model_cls` for `peft_type`; its parameter prefix is `model_cls.prefix`.
 
     Importing the package twice (a reload in a notebook) replaces the entries.

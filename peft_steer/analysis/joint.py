@@ -74,7 +74,7 @@ def overlaps(model: PeftModel, adapter_name: str = "default") -> pd.DataFrame:
         if not isinstance(edit, JointLowRank):
             continue
         lora = edit.writer
-        A, B = lora.lora_A[adapter_name].weight.double(), edit.B.double()
+        A, B = cast(torch.Tensor, lora.lora_A[adapter_name].weight).double(), edit.B.double()
         reads, writes = edit.W_read.double().t(), edit.W_up.double()
         rows.append(
             {
