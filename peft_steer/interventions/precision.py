@@ -1,11 +1,10 @@
 """An edit's parameters keep the precision they were given, whatever a trainer does to `parameter.data`."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
-from typing_extensions import Self
 
 
 class KeepsPrecision(nn.Module):

@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 import warnings
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Runner:
         transformers.logging.set_verbosity_error()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for people who write tasks
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own and TRL's code
-        created_at, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
+        created_at, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         base, tokenizer = self._base(cell)
         task = task_of(cell)
         full = cell.config.get("peft_type") == FULL
