@@ -44,7 +44,8 @@ def train(
             "use_cpu": not has_accelerator(),
         }
         peft_config = None if full else get_peft_config(peft_fields(cell.config))
-        trainer = module.make(cell, model, tokenizer, task, arguments, peft_config)
+        common = {"model": model, "processing_class": tokenizer, "peft_config": peft_config}
+        trainer = module.make(cell, task, arguments, common)
         if STEER_RATE in cell.config:
             trainer.optimizer_cls_and_kwargs = JointOptimizer.as_in(
                 trainer.args, trainer.model, lora_lr=cell.learning_rate, steer_lr=float(cell.config[STEER_RATE])

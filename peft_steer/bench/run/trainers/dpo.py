@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from peft_steer.evaluation.datasets import dpo_dataset
@@ -15,21 +14,12 @@ from .sft import seen_rows
 CURVES = {"rewards/margins": "margin", "rewards/accuracies": "preferred"}
 
 
-def make(
-    cell: Cell,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Any,
-    arguments: dict[str, Any],
-    peft_config: Any,
-) -> DPOTrainer:
+def make(cell: Cell, task: Any, arguments: dict[str, Any], common: dict[str, Any]) -> DPOTrainer:
     """The trainer. The reference is the base: the adapter switched off, or a copy if the whole model is trained."""
     return DPOTrainer(
-        model=model,
         args=DPOConfig(**arguments),
         train_dataset=dpo_dataset(task, seed=cell.seed, **chat_of(cell)),
-        processing_class=tokenizer,
-        peft_config=peft_config,
+        **common,
     )
 
 

@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_steer.evaluation.datasets import grpo_dataset
@@ -42,28 +41,19 @@ class _Timed(GRPOTrainer):
         return generated
 
 
-def make(
-    cell: Cell,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Any,
-    arguments: dict[str, Any],
-    peft_config: Any,
-) -> GRPOTrainer:
+def make(cell: Cell, task: Any, arguments: dict[str, Any], common: dict[str, Any]) -> GRPOTrainer:
     """The trainer.
 
     Raises:
         ValueError: If the rollouts would not be the adapter's, or a reward is unknown.
     """
     training = GRPOConfig(**arguments)
-    check_rollouts(training, peft_config)
+    check_rollouts(training, common["peft_config"])
     return _Timed(
-        model=model,
         args=training,
         reward_funcs=rewards(cell.rewards, task, bool(cell.prompt.get("apply_chat_template"))),
         train_dataset=grpo_dataset(task, **chat_of(cell)),
-        processing_class=tokenizer,
-        peft_config=peft_config,
+        **common,
     )
 
 

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from peft_steer.cost import saved_bytes
@@ -16,24 +15,15 @@ from ..prompts import chat_of
 CURVES: dict[str, str] = {}
 
 
-def make(
-    cell: Cell,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Any,
-    arguments: dict[str, Any],
-    peft_config: Any,
-) -> SFTTrainer:
-    """The trainer. `arguments` are those that all trainers have."""
+def make(cell: Cell, task: Any, arguments: dict[str, Any], common: dict[str, Any]) -> SFTTrainer:
+    """The trainer. `arguments` are those of all configurations, `common` those of all trainers."""
     pairs = sft_dataset(task, **chat_of(cell))
     if not cell.prompt.get("apply_chat_template"):  # TRL tokenizes messages itself
-        pairs = tokenize(pairs, tokenizer, end=task.config.output_type == "generate_until")
+        pairs = tokenize(pairs, common["processing_class"], end=task.config.output_type == "generate_until")
     return SFTTrainer(
-        model=model,
         args=SFTConfig(completion_only_loss=True, **arguments),  # its default looks for the untokenized columns
         train_dataset=pairs,
-        processing_class=tokenizer,
-        peft_config=peft_config,
+        **common,
     )
 
 
