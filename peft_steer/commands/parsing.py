@@ -5,22 +5,9 @@ import logging
 import warnings
 from collections.abc import Callable
 
-from peft_steer.utils.errors import UsageError
-
-
-# What installs a module that a command needs.
-_EXTRAS = {"gguf": "export", "gradio": "play", "lm_eval": "extract", "scipy": "extract", "bitsandbytes": "quant"}
-
 
 def run(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], argv: list[str]) -> int:
-    """Parses `argv` and runs `action`, which imports what it needs.
-
-    Returns:
-        0.
-
-    Raises:
-        UsageError: If `action` needs a module that is not installed.
-    """
+    """Parses `argv`, runs `action`, which imports what it needs, and returns 0."""
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     logger = logging.getLogger("peft_steer")
@@ -32,10 +19,6 @@ def run(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         action(args)
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
-            raise
-        raise UsageError(f"{error}: pip install 'peft-steer[{_EXTRAS[error.name]}]'") from error
     finally:
         logger.setLevel(level)
     return 0
