@@ -24,16 +24,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from datasets import Dataset
-from peft import PeftModel
 from tabulate import tabulate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_steer import PostBlockSteerConfig
@@ -101,8 +94,7 @@ def cost(folder: Path, tiny: bool) -> Iterator[Row]:
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     batch["use_cache"] = False
     adapted = {"floor": adapt(base, FLOOR), **{name: adapt(base, name) for name in METHODS}}
-    decoders_of: dict[str, PreTrainedModel | PeftModel] = {"base": share(base), **adapted}
-    del decoders_of["floor"]
+    decoders_of: dict[str, Any] = {"base": share(base), **{n: m for n, m in adapted.items() if n != "floor"}}
     prompts = ids[:1, :8]
     decode = measure.interleaved_seconds(
         {name: measure.greedy_decoding(model, prompts, tokens) for name, model in decoders_of.items()},
@@ -145,10 +137,8 @@ def compiled(folder: Path, tiny: bool) -> Iterator[Row]:
         model = share(base) if name == "base" else adapt(base, name)
         _randomize(model)
         with torch.no_grad():
-            logits = torch.compile(model.eval(), fullgraph=True, backend=backend)(
-                input_ids=ids, use_cache=False
-            ).logits
-        error = _distance(logits, _logits(model, ids))
+            output = torch.compile(model.eval(), fullgraph=True, backend=backend)(input_ids=ids, use_cache=False)
+        error = _distance(output.logits, _logits(model, ids))
         yield Row(f"{name}, compiled ({backend}) against eager", f"{error:.1e}", "<= 1e-2", error <= 1e-2)
 
 
