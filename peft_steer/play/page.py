@@ -21,8 +21,14 @@ def make_page(session: Session) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=3):
                 prompt = gr.Textbox(
-                    label="Prompt", lines=3, elem_id="prompt", placeholder="What the model goes on from"
+                    label="Prompt", lines=5, elem_id="prompt", placeholder="What the model goes on from"
                 )
+                with gr.Row():
+                    tokens = gr.Slider(1, 512, value=60, step=1, label="New tokens", elem_id="tokens-new")
+                    temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", elem_id="temperature")
+                with gr.Row():
+                    chat = gr.Checkbox(has_template, label="Chat template", interactive=has_template, elem_id="chat")
+                    seed = gr.Number(0, label="Seed (of both texts)", precision=0, elem_id="seed")
             with gr.Column(scale=2):
                 scale = gr.Slider(
                     -4, 4, value=1, step=0.05, label="Strength", info="0 is the base", elem_id="strength"
@@ -31,18 +37,13 @@ def make_page(session: Session) -> gr.Blocks:
                     names, value=names[:1], label="Adapters (several add up)", elem_id="adapters"
                 )
                 where = gr.Textbox(
-                    "all", label="Blocks that steer", info=f"all, or such as {_example(blocks)}", elem_id="blocks"
+                    "all", label="Blocks that steer", info=f"all, or for example {_example(blocks)}", elem_id="blocks"
                 )
-        with gr.Row():
-            chat = gr.Checkbox(has_template, label="Chat template", interactive=has_template, elem_id="chat")
-            tokens = gr.Slider(1, 512, value=60, step=1, label="New tokens", elem_id="tokens-new")
-            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest token)")
-            seed = gr.Number(0, label="Seed, of both", precision=0, elem_id="seed")
         button = gr.Button("Generate", variant="primary", elem_id="generate")
         with gr.Row():
-            base = gr.Textbox(label="Base", lines=8, interactive=False, elem_id="base")
-            steered = gr.Textbox(label="Steered", lines=8, interactive=False, elem_id="steered")
-        gr.Markdown("**Where they part**, token by token of the steered text")
+            base = gr.Textbox(label="Base", lines=6, interactive=False, elem_id="base")
+            steered = gr.Textbox(label="Steered", lines=6, interactive=False, elem_id="steered")
+        gr.Markdown("**Where the steered model leaves the base**, token by token of the steered text")
         html = gr.HTML(elem_id="divergence")
         with gr.Accordion("The steered text as code", open=False):
             code = gr.Code(language="python", interactive=False, elem_id="code")

@@ -118,6 +118,28 @@ def test_command(pairs, tiny_llama, tmp_path, capsys):
     assert model.peft_config["default"].layers_to_transform == [1]
 
 
+def test_a_task_chooses_the_strength(pairs, tiny_llama, tokenizer, tmp_path, capsys):
+    """The best score, of equals the weakest strength; the saved adapter has that score."""
+    from peft_steer.evaluation.lm import PeftSteerLM
+    from peft_steer.evaluation.scoring import score
+    from peft_steer.evaluation.tasks import evaluate_on, load_task
+
+    out, limit = tmp_path / "out", 12
+    flags = ["--model", tiny_llama, "--pairs", pairs, "--norm", "states", "-o", str(out)]
+    assert main([*flags, "--task", "listops_short", "--limit", str(limit), "--scales", "-3", "-1", "0", "1"]) == 0
+    facts = json.loads((out / "extract.json").read_text())
+    scores = {effect["scale"]: effect["score"] for effect in facts["effects"]}
+    assert len(set(scores.values())) > 1
+    chosen = min((s for s in scores if scores[s] == max(scores.values())), key=abs)
+    assert facts["scale"] == chosen
+    assert f"Strength {chosen:g}: the best acc" in capsys.readouterr().out
+    model = PeftModel.from_pretrained(base(tiny_llama), out).eval()
+    assert model.peft_config["default"].scale == chosen
+    task, _ = load_task("listops_short")
+    evaluate_on(task, "validation")
+    assert score(PeftSteerLM(pretrained=model, tokenizer=tokenizer), task, limit)["score"] == scores[chosen]
+
+
 def test_log_odds_are_those_of_the_answers(pairs, tiny_llama, tokenizer, tmp_path):
     """`log p(positive | prompt) - log p(negative | prompt)`, written out, of the held-out pairs."""
     from peft_steer.extraction.effect import effects
