@@ -56,6 +56,10 @@ def extract(args: argparse.Namespace) -> None:
         chosen = best(measured, task.higher_is_better()[_metric(task)])
         scale = chosen.scale
         print(f"\nStrength {scale:g}: the best {_metric(task)} on {args.task}'s validation split.")
+        if scale == 0:
+            print(
+                "No strength was better than none: the vector does not help here, and with strength 0 it does nothing."
+            )
     config = cast(SteerConfig, model.peft_config["default"])
     config.scale = scale
     config.base_model_name_or_path = args.model

@@ -76,6 +76,29 @@ def test_an_adapter_that_acts_already_does_not_change_the_states(tiny_llama, tok
     assert model.training
 
 
+def test_the_start_of_a_training(tiny_llama, tokenizer):
+    """Training goes on from the vector: the first loss is the base's with it added, and steps lower it."""
+    config = SteerConfig(kind="vector", layers_to_transform=[1], task_type="CAUSAL_LM")
+    model = get_peft_model(base(tiny_llama), config)
+    initialize_vectors(model, POSITIVE, NEGATIVE, tokenizer)
+    v = model.get_base_model().model.layers[1].steering.steer_edit["default"].v
+    start, plain = v.detach().clone(), base(tiny_llama)
+    plain.model.layers[1].register_forward_hook(lambda module, args, out: out + start)
+    ids = tokenizer(POSITIVE[2], return_tensors="pt").input_ids
+    optimizer, losses = torch.optim.AdamW([v], lr=0.05, weight_decay=0.0), []
+    for _ in range(8):
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] == pytest.approx(plain(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    assert losses[-1] < losses[0]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "base_model.model.model.layers.1.steering.steer_edit.default.v"
+    ]
+
+
 @pytest.mark.parametrize(
     ("config", "texts", "kwargs", "message"),
     [

@@ -1,4 +1,4 @@
-"""What `peft-steer export` writes, in llama.cpp itself: the adapter's log-probabilities, where `llama-server` is found."""
+"""What is exported, in llama.cpp itself where `llama-server` is found: it gives the adapter's log-probabilities."""
 
 import pytest
 import torch
