@@ -149,7 +149,12 @@ def test_a_task_chooses_the_strength(pairs, tiny_llama, tokenizer, tmp_path, cap
 
     out, limit = tmp_path / "out", 12
     flags = ["--model", tiny_llama, "--pairs", pairs, "--norm", "states", "-o", str(out)]
-    assert main([*flags, "--task", "listops_short", "--limit", str(limit), "--scales", "-3", "-1", "0", "1"]) == 0
+    assert (
+        peft_steer(
+            "extract", *flags, "--task", "listops_short", "--limit", str(limit), "--scales", "-3", "-1", "0", "1"
+        )
+        == 0
+    )
     facts = json.loads((out / "extract.json").read_text())
     scores = {effect["scale"]: effect["score"] for effect in facts["effects"]}
     assert len(set(scores.values())) > 1
