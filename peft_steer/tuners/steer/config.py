@@ -174,8 +174,8 @@ class SteerConfig(PeftConfig):
         unknown = kwargs.keys() - {"tie_weights", *(f.name for f in fields(cls))}
         if unknown and kwargs.get("peft_type") == STEER:  # PEFT's own warning would name the type's class
             warnings.warn(
-                f"{cls.__name__} has no fields {sorted(unknown)}: they are ignored. The file was probably saved "
-                "by a newer version of peft-steer, which may load it otherwise.",
+                f"Unexpected keyword arguments {sorted(unknown)} for class {cls.__name__}, these are ignored. "
+                "The file was probably saved by a newer version of peft-steer, which may load it otherwise.",
                 stacklevel=2,
             )
             kwargs = {name: value for name, value in kwargs.items() if name not in unknown}

@@ -24,7 +24,7 @@ from .injection import (
     resolve_sites,
 )
 from .layer import CHILD, INPUT_CHILD, SteerLayer, steered_layers
-from .merging.plan import Step, plan_merge, refuse_added_biases, refuse_to_save
+from .merging.plan import plan_merge, refuse_added_biases, refuse_to_save
 from .merging.weighted_sums import add_up, config_of_sum
 from .position_hooks import check_stacks, untrack
 from .rows import check_rows, with_modules_of_rows, with_rows
@@ -196,7 +196,7 @@ class SteerModel(Strength, BaseTuner):
             raise ValueError("Cannot merge while the adapters are disabled; enable them first.")
         pushed = following.pushed_by_trl()
         with following.explaining(self, pushed):
-            plan = plan_merge(self.model, self.configs, adapter_names)
+            plan = plan_merge(self.model, self.configs, adapter_names, safe_merge)
             if pushed:
                 refuse_added_biases(plan)
         for layer, _, names in plan:
@@ -206,13 +206,6 @@ class SteerModel(Strength, BaseTuner):
                     f"The adapters {sorted(left_out)} are active but would not be merged, and would stop acting. "
                     "Merge all active adapters together, or deactivate the others with `set_adapter`."
                 )
-        self._merge(plan, safe_merge)
-
-    def _merge(self, plan: list[Step], safe_merge: bool) -> None:
-        for layer, _, names in plan if safe_merge else ():
-            for name in names:
-                if not all(p.isfinite().all() for p in layer.steer_edit[name].parameters()):
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         for layer, linear, names in plan:
             layer.merge_into(linear, names)
 
@@ -230,7 +223,8 @@ class SteerModel(Strength, BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:  # active adapters that are not named are dropped, as PEFT drops them
-            self._merge(plan_merge(self.model, self.configs, adapter_names), safe_merge)
+            for layer, linear, names in plan_merge(self.model, self.configs, adapter_names, safe_merge):
+                layer.merge_into(linear, names)
         layers = self._tuner_layers()
         if any(layer.merge_added_bias for layer in layers) and merge:
             refuse_to_save(self.model)

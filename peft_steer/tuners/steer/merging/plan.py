@@ -22,7 +22,10 @@ Step = tuple[SteerLayer, Linear, list[str]]  # a layer, the linear layer that ta
 
 
 def plan_merge(
-    model: nn.Module, configs: dict[str, SteerConfig], adapter_names: list[str] | None = None
+    model: nn.Module,
+    configs: dict[str, SteerConfig],
+    adapter_names: list[str] | None = None,
+    safe_merge: bool = False,
 ) -> list[Step]:
     """The layers to merge, each with the linear layer that takes its edits and the names of the adapters.
 
@@ -35,6 +38,7 @@ def plan_merge(
         model: the model that holds the layers.
         configs: the configuration of each adapter.
         adapter_names: the adapters to merge; by default the active ones.
+        safe_merge: whether to check that their parameters are finite.
 
     Raises:
         ValueError: if a merge would not be exact; says why, and what to do instead.
@@ -52,6 +56,9 @@ def plan_merge(
         if not names:
             continue
         for adapter in names:
+            # Before anything is made of the parameters: LoReFT's rows of NaN cannot be orthogonalized.
+            if safe_merge and not all(p.isfinite().all() for p in layer.steer_edit[adapter].parameters()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
             if adapter not in sites:
                 sites[adapter] = resolve_sites(model, configs[adapter])
             linear = _linear_for(

@@ -202,12 +202,13 @@ def test_two_sites_in_one_linear_are_refused():
         model.merge_adapter(["default", "other"])
 
 
-def test_safe_merge():
-    model = adapted(site="mlp", kind="linear")
+@pytest.mark.parametrize("kind", ["linear", "loreft"])
+def test_safe_merge(kind):
+    model = adapted(site="mlp", kind=kind)
     before = copy.deepcopy(model.state_dict())
     layer = next(iter(steer_layers(model.get_base_model()).values()))
     with torch.no_grad():
-        layer.steer_edit["default"].W_up[0, 0] = torch.inf
+        next(layer.steer_edit["default"].parameters())[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
         model.merge_adapter(safe_merge=True)
     assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items() if "steer_edit" not in k)
