@@ -79,7 +79,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	@# The rest at mypy's default level, not at that of pyproject.toml.
-	$(BIN)/python -m mypy --config-file= --cache-dir .mypy_cache/rest --python-version 3.10 --ignore-missing-imports --follow-imports silent peft_steer peft_steer_cli peft_steer_vllm.py lm_eval_tasks recipes
+	$(BIN)/mypy --config-file= --cache-dir .mypy_cache/rest --python-version 3.11 --ignore-missing-imports --follow-imports silent peft_steer peft_steer_cli peft_steer_vllm.py lm_eval_tasks recipes
 
 # What GitHub reads: by schemas, and by actionlint where its package finds it (it is fetched from GitHub).
 SCHEMA := $(BIN)/check-jsonschema --builtin-schema
