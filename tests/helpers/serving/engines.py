@@ -1,5 +1,6 @@
 """What a test of vLLM needs: tiny models on disk, an engine in another process, transformers' log-probabilities."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -107,9 +108,23 @@ def run_engine(
     return {**json.loads(result_file.read_text()), "log": log}
 
 
-def run_python(arguments: list[str], **environment: str) -> str:
-    """What a Python process with the engine's environment prints."""
-    variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
+_rooms = itertools.count()
+
+
+def environment() -> dict[str, str]:
+    """That of a process with an engine of its own.
+
+    TRL takes port 29500 if it is free, and listens on it much later, as vLLM does on others. So that two processes
+    cannot have the same, each gets a few of its own, below those that a system gives to whoever asks for any.
+    """
+    first = 10000 + (os.getpid() * 80 + next(_rooms) * 8) % 20000
+    ports = {"MASTER_PORT": str(first), "VLLM_PORT": str(first + 2)}
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **ports}
+
+
+def run_python(arguments: list[str]) -> str:
+    """What a Python process with an engine in it prints."""
+    variables = {**environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     # Seconds: a start takes 15, on a machine with other work ten times that.
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=1800)
     return done.stdout[-4000:] + done.stderr[-8000:]

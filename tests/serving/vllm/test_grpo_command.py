@@ -1,13 +1,12 @@
 """`peft-steer grpo --use_vllm true`: checked before the model is loaded, and before the first step."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from engines import save_model
+from engines import environment, save_model
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ output_dir: {folder / "out"}
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env=environment(),
     )
 
 

@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from command_line import peft_steer
-from engines import load, reference, save_adapter, save_model
+from engines import environment, load, reference, save_adapter, save_model
 
 from peft_steer.serving.vllm import serve
 
@@ -64,9 +63,8 @@ def test_mistakes(base, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def server(base, adapters, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    variables = environment()
+    port = int(variables["MASTER_PORT"]) + 1
     named = {"silu": adapters["silu"], "half": f"{adapters['silu']}@0.5", "vector": adapters["vector"]}
     words = [sys.executable, "-m", "peft_steer.commands.cli", "serve", base, "--slots", "4", "--port", str(port)]
     words += [word for name, path in named.items() for word in ("--adapter", f"{name}={path}")]
@@ -79,7 +77,7 @@ def server(base, adapters, tmp_path_factory):
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env=variables,
         )
     try:
         for _ in range(900):
