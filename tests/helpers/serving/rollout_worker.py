@@ -71,7 +71,7 @@ def make_trainer(spec):
         options |= {"num_generations": 2, "max_completion_length": 8, "vllm_max_model_length": 64}
         trainer = trainer(args=config(**options), **common)
     if spec.get("randomize", True):
-        randomize(trainer.model, std=0.3)
+        randomize(trainer.model, std=spec.get("std", 0.3))
     return trainer
 
 
