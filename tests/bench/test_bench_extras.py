@@ -14,7 +14,7 @@ from peft_steer.bench.grid.parse import load_grid
 from peft_steer.bench.grid.plan import Reference
 from peft_steer.bench.grid.task_checks import check_tasks
 from peft_steer.bench.report import write_report
-from peft_steer.bench.report.frame import groups
+from peft_steer.bench.report.frame import settings
 from peft_steer.bench.report.over_steps import mean_curve
 from peft_steer.bench.report.reference import within_noise
 from peft_steer.bench.report.retention import changes, frontier
@@ -159,8 +159,8 @@ def kept_group():
 
 
 def test_what_is_kept(kept_group):
-    (group,) = groups(*zip(*kept_group, strict=True))
-    found = changes(group)["other"]
+    (setting,) = settings(*zip(*kept_group, strict=True))
+    found = changes(setting)["other"]
     assert found["gentle"].difference == 0
     assert found["gentle"].tie
     assert found["rough"].difference == pytest.approx(-0.4)
@@ -168,7 +168,7 @@ def test_what_is_kept(kept_group):
     lost = np.array([1.0] * 40 + [0.0] * 60)
     assert found["rough"].p == pytest.approx(stats.ttest_1samp(-lost, 0).pvalue, rel=1e-6)
     assert found["rough"].p_holm == pytest.approx(2 * found["rough"].p, rel=1e-6)
-    points = {point.label: point for point in frontier(group)}
+    points = {point.label: point for point in frontier(setting)}
     assert points["rough"].loss == pytest.approx(0.4)
     assert points["gentle"].loss == 0
     gain = {name: points[name].gain for name in points}
@@ -182,7 +182,7 @@ def test_gain_against_the_forgetting_of_plain_text():
     for seed, after in enumerate((3.2, 3.4, 3.9)):
         made = cell("LoRA", seed=seed)
         pairs.append((made, result(made, 0.5, forgetting={"before": 3.0, "after": after})))
-    (point,) = frontier(*groups(*zip(*pairs, strict=True)))
+    (point,) = frontier(*settings(*zip(*pairs, strict=True)))
     assert point.loss == pytest.approx(0.5)
     assert point.loss_error == pytest.approx(np.std([0.2, 0.4, 0.9], ddof=1) / 3**0.5)
     assert point.best

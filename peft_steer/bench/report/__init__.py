@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ..grid.plan import Cell, Grid
-from .frame import cell_frame, groups
+from .frame import cell_frame, settings
 from .html import page
 from .markdown import markdown
 from .over_steps import pictures
@@ -32,11 +32,11 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     frame = cell_frame(cells, results)
     frame.to_csv(directory / "results.csv", index=False)
-    compared = groups(cells, results)
+    compared = settings(cells, results)
     pairs = [
-        {"model": group.model, "precision": group.precision, "task": group.task, "split": group.split, **line}
-        for group in compared
-        for line in (vars(pair) | {"tie": pair.tie, "detectable": pair.detectable} for pair in group.comparisons)
+        {"model": setting.model, "precision": setting.precision, "task": setting.task, "split": setting.split, **line}
+        for setting in compared
+        for line in (vars(pair) | {"tie": pair.tie, "detectable": pair.detectable} for pair in setting.comparisons)
     ]
     if pairs:
         pd.DataFrame(pairs).to_csv(directory / "comparisons.csv", index=False)

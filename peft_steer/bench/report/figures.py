@@ -1,4 +1,4 @@
-"""The figures of the page, by plotly. A method has the same colour and symbol in all figures of its group."""
+"""The figures of the page, by plotly. A method has the same colour and symbol in all figures of its setting."""
 
 import html
 import math
@@ -6,7 +6,7 @@ import math
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from .frame import Group, Row
+from .frame import Row, Setting
 from .over_steps import CURVES, mean_curve
 from .retention import Point, frontier
 
@@ -25,24 +25,24 @@ _SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star")
 _TEXT = "#1a1a1a"
 
 
-def figures(group: Group) -> dict[str, go.Figure]:
-    """The figures that the group has data for, by title."""
+def figures(setting: Setting) -> dict[str, go.Figure]:
+    """The figures that the setting has data for, by title."""
     made = {}
-    if group.done:
-        made["Score and trainable parameters"] = _parameters(group)
-    if any(not math.isnan(row.costs["train_seconds"]) for row in group.done):
-        made["Score and cost"] = _cost(group)
-    if len(group.done) > 1:
-        made["Every pair"] = _pairs(group)
-    if group.sweep.groupby(["method", "variant"])["learning_rate"].nunique().gt(1).any():
-        made["Learning rates, on the validation split"] = _rates(group)
-    if any(row.losses for row in group.done):
-        made["Training loss"] = _losses(group)
+    if setting.done:
+        made["Score and trainable parameters"] = _parameters(setting)
+    if any(not math.isnan(row.costs["train_seconds"]) for row in setting.done):
+        made["Score and cost"] = _cost(setting)
+    if len(setting.done) > 1:
+        made["Every pair"] = _pairs(setting)
+    if setting.sweep.groupby(["method", "variant"])["learning_rate"].nunique().gt(1).any():
+        made["Learning rates, on the validation split"] = _rates(setting)
+    if any(row.losses for row in setting.done):
+        made["Training loss"] = _losses(setting)
     for name, title in CURVES.items():
-        if any(name in row.curves for row in group.done):
-            made[title] = _curve(group, name)
-    if points := frontier(group):
-        made["Gain against loss"] = _frontier(group, points)
+        if any(name in row.curves for row in setting.done):
+            made[title] = _curve(setting, name)
+    if points := frontier(setting):
+        made["Gain against loss"] = _frontier(setting, points)
     return made
 
 
@@ -50,8 +50,8 @@ def _name(text: str) -> str:
     return html.escape(text)  # plotly reads tags in names
 
 
-def _style(group: Group, method: str) -> tuple[str, str]:
-    index = list(dict.fromkeys(row.method for row in group.rows)).index(method)
+def _style(setting: Setting, method: str) -> tuple[str, str]:
+    index = list(dict.fromkeys(row.method for row in setting.rows)).index(method)
     return _COLOURS[index % len(_COLOURS)], _SYMBOLS[index % len(_SYMBOLS)]
 
 
@@ -70,10 +70,10 @@ def _figure(x_title: str, y_title: str, n_legend: int, log_x: bool = False) -> g
     return figure
 
 
-def _points(group: Group, rows: list[Row], x: list[float], name: str) -> list[go.Scatter]:
+def _points(setting: Setting, rows: list[Row], x: list[float], name: str) -> list[go.Scatter]:
     traces = []
     for row, value in zip(rows, x, strict=True):
-        summary, (colour, symbol) = row.summary, _style(group, row.method)
+        summary, (colour, symbol) = row.summary, _style(setting, row.method)
         assert summary is not None  # of `done`
         traces.append(
             go.Scatter(
@@ -83,34 +83,36 @@ def _points(group: Group, rows: list[Row], x: list[float], name: str) -> list[go
                 mode="markers",
                 marker={"color": colour, "symbol": symbol, "size": 11},
                 name=_name(row.label),
-                hovertemplate=f"{name} %{{x}}<br>{group.metric} {summary.mean:.3f}, 95 % CI {summary.low:.3f} to "
+                hovertemplate=f"{name} %{{x}}<br>{setting.metric} {summary.mean:.3f}, 95 % CI {summary.low:.3f} to "
                 f"{summary.high:.3f}, {row.n_seeds} seeds",
             )
         )
     return traces
 
 
-def _parameters(group: Group) -> go.Figure:
-    trained = [row for row in group.done if row.costs["trainable"] > 0]
-    figure = _figure("trainable parameters", f"{group.metric}, 95 % interval", len(group.done), log_x=bool(trained))
-    for row in group.done:
+def _parameters(setting: Setting) -> go.Figure:
+    trained = [row for row in setting.done if row.costs["trainable"] > 0]
+    figure = _figure(
+        "trainable parameters", f"{setting.metric}, 95 % interval", len(setting.done), log_x=bool(trained)
+    )
+    for row in setting.done:
         if (
             row.costs["trainable"] == 0 and row.summary is not None
         ):  # the untrained base, which a logarithmic axis has no place for
             figure.add_hrect(y0=row.summary.low, y1=row.summary.high, fillcolor="#777", opacity=0.15, line_width=0)
             figure.add_hline(y=row.summary.mean, line_dash="dash", line_color="#555", annotation_text=_name(row.label))
-    figure.add_traces(_points(group, trained, [row.costs["trainable"] for row in trained], "parameters"))
+    figure.add_traces(_points(setting, trained, [row.costs["trainable"] for row in trained], "parameters"))
     return figure
 
 
-def _cost(group: Group) -> go.Figure:
-    known = {title: [row for row in group.done if not math.isnan(row.costs[key])] for title, key in _COSTS.items()}
+def _cost(setting: Setting) -> go.Figure:
+    known = {title: [row for row in setting.done if not math.isnan(row.costs[key])] for title, key in _COSTS.items()}
     titles = [title for title, rows in known.items() if rows]
-    figure = _figure(titles[0], f"{group.metric}, 95 % interval", len(known[titles[0]]))
+    figure = _figure(titles[0], f"{setting.metric}, 95 % interval", len(known[titles[0]]))
     owners = []
     for title in titles:
         rows = known[title]
-        figure.add_traces(_points(group, rows, [row.costs[_COSTS[title]] for row in rows], title.split(",")[0]))
+        figure.add_traces(_points(setting, rows, [row.costs[_COSTS[title]] for row in rows], title.split(",")[0]))
         owners += [title] * len(rows)
     for trace, owner in zip(figure.data, owners, strict=True):
         trace.visible = owner == titles[0]
@@ -128,13 +130,13 @@ def _cost(group: Group) -> go.Figure:
     return figure
 
 
-def _pairs(group: Group) -> go.Figure:
-    labels = [row.label for row in group.done]
+def _pairs(setting: Setting) -> go.Figure:
+    labels = [row.label for row in setting.done]
     short = [_name(label if len(label) <= 28 else label[:27] + "…") for label in labels]
     gap: list[list[float | None]] = [[None] * len(labels) for _ in labels]
     text = [[""] * len(labels) for _ in labels]
     hover = [[""] * len(labels) for _ in labels]
-    for pair in group.comparisons:
+    for pair in setting.comparisons:
         for one, other, sign in ((pair.first, pair.second, 1), (pair.second, pair.first, -1)):
             i, j = labels.index(one), labels.index(other)
             gap[i][j] = sign * pair.difference
@@ -145,7 +147,7 @@ def _pairs(group: Group) -> go.Figure:
                 f"{_name(one)} less {_name(other)}: {sign * pair.difference:+.3f}<br>"
                 f"95 % interval, not corrected: {low:+.3f} to {high:+.3f}<br>{_name(said)}"
             )
-    widest = max((abs(pair.difference) for pair in group.comparisons if not math.isnan(pair.p)), default=1) or 1
+    widest = max((abs(pair.difference) for pair in setting.comparisons if not math.isnan(pair.p)), default=1) or 1
     figure = _figure("", "", 0)
     figure.add_trace(
         go.Heatmap(
@@ -169,13 +171,13 @@ def _pairs(group: Group) -> go.Figure:
     return figure
 
 
-def _rates(group: Group) -> go.Figure:
-    lines = list(group.sweep.groupby(["method", "variant"], sort=False))
-    figure = _figure("learning rate", f"{group.metric} ± standard error", len(lines), log_x=True)
+def _rates(setting: Setting) -> go.Figure:
+    lines = list(setting.sweep.groupby(["method", "variant"], sort=False))
+    figure = _figure("learning rate", f"{setting.metric} ± standard error", len(lines), log_x=True)
     figure.update_xaxes(exponentformat="power", dtick="D2")
     for (method, variant), part in lines:
         part = part.sort_values("learning_rate")
-        colour, symbol = _style(group, method)
+        colour, symbol = _style(setting, method)
         figure.add_trace(
             go.Scatter(
                 x=part["learning_rate"].tolist(),
@@ -191,11 +193,11 @@ def _rates(group: Group) -> go.Figure:
     return figure
 
 
-def _losses(group: Group) -> go.Figure:
-    rows = [row for row in group.done if row.losses]
+def _losses(setting: Setting) -> go.Figure:
+    rows = [row for row in setting.done if row.losses]
     figure = _figure("step", "training loss", len(rows))
     for row in rows:
-        colour, _ = _style(group, row.method)
+        colour, _ = _style(setting, row.method)
         for number, (seed, loss) in enumerate(row.losses.items()):
             figure.add_trace(
                 go.Scatter(
@@ -212,11 +214,11 @@ def _losses(group: Group) -> go.Figure:
     return figure
 
 
-def _curve(group: Group, name: str) -> go.Figure:
-    rows = [row for row in group.done if name in row.curves]
+def _curve(setting: Setting, name: str) -> go.Figure:
+    rows = [row for row in setting.done if name in row.curves]
     figure = _figure("step", CURVES[name], len(rows))
     for row in rows:
-        colour, _ = _style(group, row.method)
+        colour, _ = _style(setting, row.method)
         lines = [(f"seed {seed}", points, 0.8, 0.35) for seed, points in row.curves[name].items()]
         lines.append(("mean", mean_curve(row.curves[name]), 2.5, 1.0))
         for label, points, width, opacity in lines if len(lines) > 2 else lines[-1:]:
@@ -236,8 +238,8 @@ def _curve(group: Group, name: str) -> go.Figure:
     return figure
 
 
-def _frontier(group: Group, points: list[Point]) -> go.Figure:
-    figure = _figure(points[0].axis, f"gain in {group.metric}", len(points))
+def _frontier(setting: Setting, points: list[Point]) -> go.Figure:
+    figure = _figure(points[0].axis, f"gain in {setting.metric}", len(points))
     best = sorted((point for point in points if point.best), key=lambda point: point.loss)
     figure.add_trace(
         go.Scatter(
@@ -250,7 +252,7 @@ def _frontier(group: Group, points: list[Point]) -> go.Figure:
         )
     )
     for point in points:
-        colour, symbol = _style(group, point.method)
+        colour, symbol = _style(setting, point.method)
         figure.add_trace(
             go.Scatter(
                 x=[point.loss],

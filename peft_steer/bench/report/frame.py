@@ -38,12 +38,12 @@ class Row:
     """A contender: a method with its choice of learning rate (and config), over its seeds.
 
     Attributes:
-        label: Names it among the rows of its group.
+        label: Names it among the rows of its setting.
         choice: The learning rate, and the fields of the config that the method's sweep varied; "" for the base.
         planned: Trainings that were to be done. `losses` has an entry for each that was done, by seed.
         scores, summary: None if all trainings failed.
         costs: Means over seeds; NaN for what does not exist.
-        against_best: The comparison with the group's best row; None for the best itself and for failed rows.
+        against_best: The comparison with the setting's best row; None for the best itself and for failed rows.
         letters: Rows that share one are a tie.
         trainer: What trained it; "" for the base.
         curves: What the trainer recorded over its steps, such as the reward: by name and seed.
@@ -78,7 +78,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Group:
+class Setting:
     """One model and one task.
 
     Attributes:
@@ -111,15 +111,15 @@ def cell_frame(cells: Sequence[Cell], results: Sequence[Result]) -> pd.DataFrame
     return pd.DataFrame([_cell_row(cell, result) for cell, result in zip(cells, results, strict=True)])
 
 
-def groups(cells: Sequence[Cell], results: Sequence[Result]) -> list[Group]:
+def settings(cells: Sequence[Cell], results: Sequence[Result]) -> list[Setting]:
     """The comparisons, by model and task in the order of the cells.
 
-    The best row is that with the highest score. All pairs of a group are one family for the correction of p values.
+    The best row is that with the highest score. All pairs of a setting are one family for the correction of p values.
     """
     members: dict[tuple[str, str, str], list[tuple[Cell, Result]]] = {}
     for cell, result in zip(cells, results, strict=True):
         members.setdefault((cell.model, _precision(cell), cell.task), []).append((cell, result))
-    return [_group(*key, pairs) for key, pairs in members.items()]
+    return [_setting(*key, pairs) for key, pairs in members.items()]
 
 
 def rate_text(rate: float) -> str:
@@ -174,7 +174,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan  # lm-eval says "N/A" where it has no error
 
 
-def _group(model: str, precision: str, task: str, pairs: list[tuple[Cell, Result]]) -> Group:
+def _setting(model: str, precision: str, task: str, pairs: list[tuple[Cell, Result]]) -> Setting:
     split = "test" if any(cell.split == "test" for cell, _ in pairs) else "validation"
     varied = _varied_fields([cell for cell, _ in pairs])
     entries: dict[tuple[str, str], list[tuple[Cell, Result]]] = {}
@@ -200,7 +200,7 @@ def _group(model: str, precision: str, task: str, pairs: list[tuple[Cell, Result
         for row in rows
     ]
     metric = next((result["metric"] for _, result in pairs if result["status"] == "done"), "score")
-    return Group(model, precision, task, split, metric, rows, comparisons, _sweep(pairs, split, varied))
+    return Setting(model, precision, task, split, metric, rows, comparisons, _sweep(pairs, split, varied))
 
 
 def _row(method: str, choice: str, label: str, trainings: list[tuple[Cell, Result]]) -> Row:

@@ -11,26 +11,26 @@ from plotly.offline import get_plotlyjs
 
 from ..grid.plan import Grid
 from .figures import figures
-from .frame import Group
+from .frame import Setting
 from .markdown import TEXT_COLUMNS, beside, environments, failures, notes
 from .table import main_table, sweep_table
 
 
-def page(grid: Grid, groups: list[Group], frame: pd.DataFrame, remarks: list[str]) -> str:
+def page(grid: Grid, settings: list[Setting], frame: pd.DataFrame, remarks: list[str]) -> str:
     """The page. Names in it are escaped: they come from the grid."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files("peft_steer.bench.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
     sections = [
         {
-            "title": group.title,
-            "notes": notes(group),
-            "table": main_table(group),
-            "sweep": _plain(sweep_table(group)) if group.split == "test" and len(group.sweep) else None,
-            "beside": list(beside(group, grid.reference)),
-            "figures": {title: _html(figure) for title, figure in figures(group).items()},
+            "title": setting.title,
+            "notes": notes(setting),
+            "table": main_table(setting),
+            "sweep": _plain(sweep_table(setting)) if setting.split == "test" and len(setting.sweep) else None,
+            "beside": list(beside(setting, grid.reference)),
+            "figures": {title: _html(figure) for title, figure in figures(setting).items()},
         }
-        for group in groups
+        for setting in settings
     ]
     return template.render(
         plotly=get_plotlyjs(),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from ..grid.plan import Reference
-from .frame import Group
+from .frame import Setting
 from .reference import reference_table
 from .retention import changes, retention_table
 from .table import main_table, sweep_table
@@ -16,16 +16,18 @@ from .table import main_table, sweep_table
 TEXT_COLUMNS = ("method", "trainer", "against the best", "ties", "variant", "source")
 
 
-def markdown(groups: list[Group], frame: pd.DataFrame, remarks: list[str], reference: Sequence[Reference] = ()) -> str:
+def markdown(
+    settings: list[Setting], frame: pd.DataFrame, remarks: list[str], reference: Sequence[Reference] = ()
+) -> str:
     """The whole report."""
     parts = []
-    for group in groups:
-        parts.append(f"## {group.title}" if len(groups) > 1 else f"{group.title}.")
-        parts += [_main(group), *notes(group)]
-        for title, table, note in beside(group, reference):
+    for setting in settings:
+        parts.append(f"## {setting.title}" if len(settings) > 1 else f"{setting.title}.")
+        parts += [_main(setting), *notes(setting)]
+        for title, table, note in beside(setting, reference):
             parts += [f"{title}:", aligned(table), note]
-        if group.split == "test" and len(group.sweep):
-            parts += [f"Chosen on the validation split ({group.metric}):", aligned(sweep_table(group))]
+        if setting.split == "test" and len(setting.sweep):
+            parts += [f"Chosen on the validation split ({setting.metric}):", aligned(sweep_table(setting))]
     if lines := failures(frame):
         parts += ["Failed:", "\n".join(f"- {line}" for line in lines)]
     if remarks:
@@ -33,42 +35,42 @@ def markdown(groups: list[Group], frame: pd.DataFrame, remarks: list[str], refer
     return "\n\n".join([*parts, *environments(frame)]) + "\n"
 
 
-def notes(group: Group) -> list[str]:
-    """What the numbers of a group's table are, in whole sentences."""
-    if not group.done:
+def notes(setting: Setting) -> list[str]:
+    """What the numbers of a setting's table are, in whole sentences."""
+    if not setting.done:
         return []
-    several = [row for row in group.done if row.n_seeds > 1]
-    alone = [row.label for row in group.done if row.n_seeds == 1 and row.losses]
+    several = [row for row in setting.done if row.n_seeds > 1]
+    alone = [row.label for row in setting.done if row.n_seeds == 1 and row.losses]
     over = "test items (Wilson's)"
     if several:
         over = "test items and training seeds (Student's t; for a single training over test items alone, Wilson's)"
     text = [f"The standard error and the 95 % interval are over {over}."]
-    if group.split == "validation":
+    if setting.split == "validation":
         text = ["These are validation scores: a rate chosen by them has no result yet.", *text]
-    if tested := [c.test for c in group.comparisons if not math.isnan(c.p)]:
+    if tested := [c.test for c in setting.comparisons if not math.isnan(c.p)]:
         what = f"each of the {len(tested)} pairs is" if len(tested) > 1 else "the pair is"
         text.append(
             f"Methods are compared on the same items: {what} tested ({' or '.join(sorted(set(tested)))}), p after "
             "Holm's correction. Methods that share a letter are a tie."
         )
-        seen = statistics.median(c.detectable for c in group.comparisons if not math.isnan(c.p))
+        seen = statistics.median(c.detectable for c in setting.comparisons if not math.isnan(c.p))
         text.append(f"Half of the pairs would have shown a true difference of {seen:.3f} four times in five.")
     if alone and several:
         text.append(f"Of {', '.join(alone)} one training alone is known: the luck of its seed is not counted.")
     elif alone:
         text.append("All this holds for these trainings: with one seed it is not known how much others would differ.")
-    return [" ".join(text), *(c.test for c in group.comparisons if math.isnan(c.p))]
+    return [" ".join(text), *(c.test for c in setting.comparisons if math.isnan(c.p))]
 
 
-def beside(group: Group, reference: Sequence[Reference]) -> Iterator[tuple[str, pd.DataFrame, str]]:
-    """The group's other tables, where there is something for them: title, table, and what its numbers are."""
-    if changes(group):
+def beside(setting: Setting, reference: Sequence[Reference]) -> Iterator[tuple[str, pd.DataFrame, str]]:
+    """The setting's other tables, where there is something for them: title, table, and what its numbers are."""
+    if changes(setting):
         note = (
             "Each is the change from the untrained base on the same items, with p after Holm's correction over the "
             "rows of a task; what is inside the noise is called a tie."
         )
-        yield "What is kept of other tasks", retention_table(group), note
-    if len(table := reference_table(group, reference)):
+        yield "What is kept of other tasks", retention_table(setting), note
+    if len(table := reference_table(setting, reference)):
         note = (
             "Within the noise: the difference is below 1.96 standard errors of ours and, where its number of items is "
             "known, of the published one."
@@ -96,8 +98,8 @@ def environments(frame: pd.DataFrame) -> list[str]:
     return [", ".join(f"{name} {value}" for name, value in line.items()) for line in known.to_dict("records")]
 
 
-def _main(group: Group) -> str:
-    table = main_table(group)
+def _main(setting: Setting) -> str:
+    table = main_table(setting)
     return aligned(table.map(lambda entry: entry[0]))
 
 

@@ -8,7 +8,7 @@ from itertools import cycle
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .frame import Group
+from .frame import Setting
 from .retention import frontier
 
 
@@ -29,11 +29,11 @@ def mean_curve(curves: dict[int, list[tuple[int, float]]]) -> list[tuple[int, fl
     return [(step, sum(points[step] for points in by_seed) / len(by_seed)) for step in steps]
 
 
-def pictures(groups: list[Group]) -> dict[str, Figure]:
-    """The figures that the groups have data for, by the name of their file."""
+def pictures(settings: list[Setting]) -> dict[str, Figure]:
+    """The figures that the settings have data for, by the name of their file."""
     made = {}
-    rewarded = [group for group in groups if any("reward" in row.curves for row in group.done)]
-    kept = [group for group in groups if len(frontier(group)) > 1]
+    rewarded = [setting for setting in settings if any("reward" in row.curves for row in setting.done)]
+    kept = [setting for setting in settings if len(frontier(setting)) > 1]
     if rewarded:
         made["reward"] = _panels(rewarded, _reward)
     if kept:
@@ -41,24 +41,24 @@ def pictures(groups: list[Group]) -> dict[str, Figure]:
     return made
 
 
-def _panels(groups: list[Group], draw: Callable[[Axes, Group], None]) -> Figure:
-    n_columns = min(2, len(groups))
-    n_rows = math.ceil(len(groups) / n_columns)
+def _panels(settings: list[Setting], draw: Callable[[Axes, Setting], None]) -> Figure:
+    n_columns = min(2, len(settings))
+    n_rows = math.ceil(len(settings) / n_columns)
     figure = Figure(figsize=(9 * n_columns, 4.5 * n_rows), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for axes, group in zip(panels, groups, strict=False):
-        draw(axes, group)
-        axes.set_title(textwrap.fill(group.title, 90), fontsize="small")
+    for axes, setting in zip(panels, settings, strict=False):
+        draw(axes, setting)
+        axes.set_title(textwrap.fill(setting.title, 90), fontsize="small")
         axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
-    for axes in panels[len(groups) :]:
+    for axes in panels[len(settings) :]:
         axes.set_axis_off()
     return figure
 
 
-def _reward(axes: Axes, group: Group) -> None:
+def _reward(axes: Axes, setting: Setting) -> None:
     """A thin line for every seed and a thick one for their mean."""
-    for number, row in enumerate(row for row in group.done if "reward" in row.curves):
+    for number, row in enumerate(row for row in setting.done if "reward" in row.curves):
         colour, curves = f"C{number % 10}", row.curves["reward"]
         for points in curves.values() if len(curves) > 1 else ():
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.35)
@@ -69,8 +69,8 @@ def _reward(axes: Axes, group: Group) -> None:
     axes.set_ylabel("reward")
 
 
-def _frontier(axes: Axes, group: Group) -> None:
-    points = frontier(group)
+def _frontier(axes: Axes, setting: Setting) -> None:
+    points = frontier(setting)
     best = sorted((point for point in points if point.best), key=lambda point: point.loss)
     axes.step([p.loss for p in best], [p.gain for p in best], where="post", color="0.5", linestyle=":")
     for point, marker in zip(points, cycle("osD^vPX<>*hpd")):
@@ -85,7 +85,7 @@ def _frontier(axes: Axes, group: Group) -> None:
             label=_short(point.label),
         )
     axes.set_xlabel(points[0].axis)
-    axes.set_ylabel(f"gain in {group.metric} over the base, 95 % intervals")
+    axes.set_ylabel(f"gain in {setting.metric} over the base, 95 % intervals")
 
 
 def _short(label: str) -> str:

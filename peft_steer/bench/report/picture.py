@@ -7,24 +7,24 @@ from itertools import cycle
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .frame import Group
+from .frame import Setting
 
 
-def picture(groups: list[Group]) -> Figure:
+def picture(settings: list[Setting]) -> Figure:
     """Means with their standard errors; an untrained base is the dashed line."""
-    n_columns = min(2, len(groups))
-    n_rows = math.ceil(len(groups) / n_columns)
+    n_columns = min(2, len(settings))
+    n_rows = math.ceil(len(settings) / n_columns)
     figure = Figure(figsize=(9 * n_columns, 4.5 * n_rows), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for axes, group in zip(panels, groups, strict=False):
-        _panel(axes, group)
-    for axes in panels[len(groups) :]:
+    for axes, setting in zip(panels, settings, strict=False):
+        _panel(axes, setting)
+    for axes in panels[len(settings) :]:
         axes.set_axis_off()
     return figure
 
 
-def _panel(axes: Axes, group: Group) -> None:
-    ranked = sorted(group.done, key=lambda row: -row.mean)
+def _panel(axes: Axes, setting: Setting) -> None:
+    ranked = sorted(setting.done, key=lambda row: -row.mean)
     for row, marker in zip(ranked, cycle("osD^vPX<>*hpd")):
         assert row.summary is not None  # of `done`
         mean, stderr, trainable = row.summary.mean, row.summary.stderr, row.costs["trainable"]
@@ -37,8 +37,8 @@ def _panel(axes: Axes, group: Group) -> None:
     if any(row.costs["trainable"] > 0 for row in ranked):
         axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
-    axes.set_ylabel(f"{group.metric} ± standard error")
-    axes.set_title(textwrap.fill(group.title, 90), fontsize="small")
+    axes.set_ylabel(f"{setting.metric} ± standard error")
+    axes.set_title(textwrap.fill(setting.title, 90), fontsize="small")
     axes.grid(alpha=0.3)
     if ranked:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")

@@ -6,25 +6,25 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ..grid.plan import Reference
-from .frame import Group, Row
+from .frame import Row, Setting
 
 
 _QUANTILE = 1.96  # of the normal distribution, 95 %
 
 
-def reference_table(group: Group, reference: Sequence[Reference]) -> pd.DataFrame:
-    """A line for each published score of the group's task and model, and each of our rows of its method."""
+def reference_table(setting: Setting, reference: Sequence[Reference]) -> pd.DataFrame:
+    """A line for each published score of the setting's task and model, and each of our rows of its method."""
     lines = []
     for entry in reference:
-        if entry.task != group.task or (entry.model is not None and not _is(group.model, entry.model)):
+        if entry.task != setting.task or (entry.model is not None and not _is(setting.model, entry.model)):
             continue
-        rows = [row for row in group.rows if row.method == entry.method]
+        rows = [row for row in setting.rows if row.method == entry.method]
         lines += [_line(entry, row) for row in rows] or [_line(entry, None)]
     return pd.DataFrame(lines)
 
 
 def _is(shown: str, named: str) -> bool:
-    """Whether the model that a group shows is the named one: its label may say where the weights are from."""
+    """Whether the model that a setting shows is the named one: its label may say where the weights are from."""
     return shown == named or shown.startswith(f"{named} (")
 
 

@@ -7,12 +7,12 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 from ..statistics import ALPHA, Comparison, compare, summarize
-from .frame import Group, Row
+from .frame import Row, Setting
 
 
 @dataclass(frozen=True)
 class Point:
-    """A row of the group in the plane of gain and loss, with the half-widths of their 95 % intervals (of the
+    """A row of the setting in the plane of gain and loss, with the half-widths of their 95 % intervals (of the
     forgetting of plain text: its standard error over seeds).
 
     Attributes:
@@ -30,17 +30,17 @@ class Point:
     best: bool = False
 
 
-def changes(group: Group) -> dict[str, dict[str, Comparison]]:
+def changes(setting: Setting) -> dict[str, dict[str, Comparison]]:
     """By retained task and row: the trained model less the base, paired by item. Empty without the base.
 
     The rows of a task are one family for Holm's correction.
     """
-    base = _base(group)
+    base = _base(setting)
     if base is None:
         return {}
     by_task = {}
     for task, before in base.retention.items():
-        made = {row.label: compare(row.retention[task], before) for row in _trained(group) if task in row.retention}
+        made = {row.label: compare(row.retention[task], before) for row in _trained(setting) if task in row.retention}
         if made:
             corrected = multipletests([c.p for c in made.values()], alpha=ALPHA, method="holm")[1]
             by_task[task] = {
@@ -49,26 +49,26 @@ def changes(group: Group) -> dict[str, dict[str, Comparison]]:
     return by_task
 
 
-def retention_table(group: Group) -> pd.DataFrame:
-    """A line a row of the group: the base's scores, then each change with its p value. Empty without changes."""
-    base, changed = _base(group), changes(group)
+def retention_table(setting: Setting) -> pd.DataFrame:
+    """A line a row of the setting: the base's scores, then each change with its p value. Empty without changes."""
+    base, changed = _base(setting), changes(setting)
     if base is None:
         return pd.DataFrame()
     lines = [{"method": base.label, **{task: f"{summarize(base.retention[task]).mean:.3f}" for task in changed}}]
-    for row in _trained(group):
+    for row in _trained(setting):
         lines.append({"method": row.label, **{task: _change(changed[task].get(row.label)) for task in changed}})
     return pd.DataFrame(lines)
 
 
-def frontier(group: Group) -> list[Point]:
-    """Every trained row: what it gained on the group's task, and what it lost of the retained ones (their mean), or,
+def frontier(setting: Setting) -> list[Point]:
+    """Every trained row: what it gained on the setting's task, and what it lost of the retained ones (their mean), or,
     if there are none, of the plain text. Empty if neither was measured or the base is missing."""
-    base, changed = _base(group), changes(group)
+    base, changed = _base(setting), changes(setting)
     if base is None or base.scores is None:
         return []
     points = []
-    for row in _trained(group):
-        gain = _gain(group, row, base)
+    for row in _trained(setting):
+        gain = _gain(setting, row, base)
         if gain is None:
             continue
         lost = [made[row.label] for made in changed.values() if row.label in made]
@@ -87,9 +87,9 @@ def frontier(group: Group) -> list[Point]:
     return [replace(point, best=not any(_beats(other, point) for other in points)) for point in points]
 
 
-def _gain(group: Group, row: Row, base: Row) -> tuple[float, float] | None:
+def _gain(setting: Setting, row: Row, base: Row) -> tuple[float, float] | None:
     """The gain over the base and the half-width of its 95 % interval; None if they were scored on different items."""
-    for pair in group.comparisons:
+    for pair in setting.comparisons:
         if {pair.first, pair.second} == {row.label, base.label} and not math.isnan(pair.difference):
             sign = 1 if pair.first == row.label else -1
             return sign * pair.difference, (pair.high - pair.low) / 2
@@ -101,12 +101,12 @@ def _beats(one: Point, other: Point) -> bool:
     return as_good and (one.gain > other.gain or one.loss < other.loss)
 
 
-def _base(group: Group) -> Row | None:
-    return next((row for row in group.done if row.costs["trainable"] == 0), None)
+def _base(setting: Setting) -> Row | None:
+    return next((row for row in setting.done if row.costs["trainable"] == 0), None)
 
 
-def _trained(group: Group) -> list[Row]:
-    return [row for row in group.done if row.costs["trainable"] > 0]
+def _trained(setting: Setting) -> list[Row]:
+    return [row for row in setting.done if row.costs["trainable"] > 0]
 
 
 def _change(comparison: Comparison | None) -> str:

@@ -6,36 +6,36 @@ from typing import Any
 
 import pandas as pd
 
-from .frame import Group, Row
+from .frame import Row, Setting
 
 
 Entry = tuple[str, float | str]  # what is shown, and what it is sorted by
 
 
-def main_table(group: Group) -> pd.DataFrame:
-    """One line a row of the group, each entry a `Entry`. A column that would be empty is left out."""
+def main_table(setting: Setting) -> pd.DataFrame:
+    """One line a row of the setting, each entry a `Entry`. A column that would be empty is left out."""
     columns = {"method": _method, "learning rate": _choice, **_NUMBERS}
     table = pd.DataFrame(
         {
-            name.replace("score", group.metric): [entry(row) for row in group.rows]
+            name.replace("score", setting.metric): [entry(row) for row in setting.rows]
             for name, entry in columns.items()
-            if name in _ALWAYS or any(entry(row)[0] != _NONE for row in group.done)
+            if name in _ALWAYS or any(entry(row)[0] != _NONE for row in setting.done)
         }
     )
-    if {row.trainer for row in group.rows} - {"", "sft"}:
-        table.insert(1, "trainer", [(row.trainer or _NONE, row.trainer) for row in group.rows])
-    best = max(group.done, key=lambda row: row.mean).label if group.done else None
-    if len(group.done) > 1:
+    if {row.trainer for row in setting.rows} - {"", "sft"}:
+        table.insert(1, "trainer", [(row.trainer or _NONE, row.trainer) for row in setting.rows])
+    best = max(setting.done, key=lambda row: row.mean).label if setting.done else None
+    if len(setting.done) > 1:
         place = list(table).index("95 % CI") + 1
-        table.insert(place, "against the best", [_against(row, best) for row in group.rows])
-        table.insert(place + 1, "ties", [(row.letters or _NONE, row.letters) for row in group.rows])
+        table.insert(place, "against the best", [_against(row, best) for row in setting.rows])
+        table.insert(place + 1, "ties", [(row.letters or _NONE, row.letters) for row in setting.rows])
     return table
 
 
-def sweep_table(group: Group) -> pd.DataFrame:
+def sweep_table(setting: Setting) -> pd.DataFrame:
     """Validation scores, `rate: score`, a line for every method and variant; the chosen one is bold."""
     lines = []
-    for (method, variant), part in group.sweep.groupby(["method", "variant"], sort=False):
+    for (method, variant), part in setting.sweep.groupby(["method", "variant"], sort=False):
         entries = [
             f"**{_validation(line)}**" if line.chosen else _validation(line)
             for line in part.sort_values("learning_rate").itertuples()
