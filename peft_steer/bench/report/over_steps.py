@@ -2,13 +2,13 @@
 
 import math
 import textwrap
-from collections.abc import Callable
 from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .frame import Setting
+from .picture import panels
 from .retention import frontier
 
 
@@ -35,25 +35,10 @@ def pictures(settings: list[Setting]) -> dict[str, Figure]:
     rewarded = [setting for setting in settings if any("reward" in row.curves for row in setting.done)]
     kept = [setting for setting in settings if len(frontier(setting)) > 1]
     if rewarded:
-        made["reward"] = _panels(rewarded, _reward)
+        made["reward"] = panels(rewarded, _reward)
     if kept:
-        made["frontier"] = _panels(kept, _frontier)
+        made["frontier"] = panels(kept, _frontier)
     return made
-
-
-def _panels(settings: list[Setting], draw: Callable[[Axes, Setting], None]) -> Figure:
-    n_columns = min(2, len(settings))
-    n_rows = math.ceil(len(settings) / n_columns)
-    figure = Figure(figsize=(9 * n_columns, 4.5 * n_rows), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for axes, setting in zip(panels, settings, strict=False):
-        draw(axes, setting)
-        axes.set_title(textwrap.fill(setting.title, 90), fontsize="small")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
-    for axes in panels[len(settings) :]:
-        axes.set_axis_off()
-    return figure
 
 
 def _reward(axes: Axes, setting: Setting) -> None:

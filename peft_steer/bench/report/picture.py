@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Callable
 from itertools import cycle
 
 from matplotlib.axes import Axes
@@ -12,13 +13,22 @@ from .frame import Setting
 
 def picture(settings: list[Setting]) -> Figure:
     """Means with their standard errors; an untrained base is the dashed line."""
+    return panels(settings, _panel)
+
+
+def panels(settings: list[Setting], draw: Callable[[Axes, Setting], None]) -> Figure:
+    """A figure with axes for each setting, two in a row, on which `draw` draws it."""
     n_columns = min(2, len(settings))
     n_rows = math.ceil(len(settings) / n_columns)
     figure = Figure(figsize=(9 * n_columns, 4.5 * n_rows), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for axes, setting in zip(panels, settings, strict=False):
-        _panel(axes, setting)
-    for axes in panels[len(settings) :]:
+    axes_of = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axes, setting in zip(axes_of, settings, strict=False):
+        draw(axes, setting)
+        axes.set_title(textwrap.fill(setting.title, 90), fontsize="small")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+    for axes in axes_of[len(settings) :]:
         axes.set_axis_off()
     return figure
 
@@ -38,7 +48,3 @@ def _panel(axes: Axes, setting: Setting) -> None:
         axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel(f"{setting.metric} ± standard error")
-    axes.set_title(textwrap.fill(setting.title, 90), fontsize="small")
-    axes.grid(alpha=0.3)
-    if ranked:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
